@@ -1,0 +1,104 @@
+"""A TransformerLens-based mechanistic toolkit for emotion in language models.
+
+Names are imported when they are first used, so that the command line answers before torch is loaded.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lens_affect.activations import Activations as Activations
+    from lens_affect.activations import extract_activations as extract_activations
+    from lens_affect.catalogue import CATALOGUE as CATALOGUE
+    from lens_affect.generation import Generated as Generated
+    from lens_affect.generation import Intervention as Intervention
+    from lens_affect.generation import generate as generate
+    from lens_affect.localization import LexicalBar as LexicalBar
+    from lens_affect.localization import LocalizationCurve as LocalizationCurve
+    from lens_affect.localization import lexical_bar as lexical_bar
+    from lens_affect.localization import localize as localize
+    from lens_affect.models import load_model as load_model
+    from lens_affect.plotting import plot_curves as plot_curves
+    from lens_affect.plotting import plot_emotions as plot_emotions
+    from lens_affect.plotting import plot_reliability as plot_reliability
+    from lens_affect.plotting import plot_similarity as plot_similarity
+    from lens_affect.plotting import plot_valence_arousal as plot_valence_arousal
+    from lens_affect.protocols import extract_protocol as extract_protocol
+    from lens_affect.report import write_report as write_report
+    from lens_affect.results import Provenance as Provenance
+    from lens_affect.scores import SCORES as SCORES
+    from lens_affect.selfchecks import CheckReport as CheckReport
+    from lens_affect.selfchecks import check_model as check_model
+    from lens_affect.sites import SITES as SITES
+    from lens_affect.sites import Site as Site
+    from lens_affect.sites import resolve_site as resolve_site
+    from lens_affect.stimuli import EMOTIONS as EMOTIONS
+    from lens_affect.stimuli import ContrastPairs as ContrastPairs
+    from lens_affect.stimuli import Stimuli as Stimuli
+    from lens_affect.stimuli import load_prompts as load_prompts
+    from lens_affect.stimuli import load_stimuli as load_stimuli
+    from lens_affect.stories import Stories as Stories
+    from lens_affect.stories import write_stories as write_stories
+    from lens_affect.sweeps import Sweep as Sweep
+    from lens_affect.sweeps import SweepSpec as SweepSpec
+    from lens_affect.sweeps import load_sweep as load_sweep
+    from lens_affect.sweeps import make_spec as make_spec
+    from lens_affect.sweeps import run_sweep as run_sweep
+    from lens_affect.vectors import EmotionVectors as EmotionVectors
+    from lens_affect.vectors import fit_vectors as fit_vectors
+
+_HOME = {
+    "CATALOGUE": "catalogue",
+    "EMOTIONS": "stimuli",
+    "SCORES": "scores",
+    "SITES": "sites",
+    "Activations": "activations",
+    "CheckReport": "selfchecks",
+    "ContrastPairs": "stimuli",
+    "EmotionVectors": "vectors",
+    "Generated": "generation",
+    "Intervention": "generation",
+    "LexicalBar": "localization",
+    "LocalizationCurve": "localization",
+    "Provenance": "results",
+    "Site": "sites",
+    "Stimuli": "stimuli",
+    "Stories": "stories",
+    "Sweep": "sweeps",
+    "SweepSpec": "sweeps",
+    "check_model": "selfchecks",
+    "extract_activations": "activations",
+    "extract_protocol": "protocols",
+    "fit_vectors": "vectors",
+    "generate": "generation",
+    "lexical_bar": "localization",
+    "load_model": "models",
+    "load_prompts": "stimuli",
+    "load_stimuli": "stimuli",
+    "load_sweep": "sweeps",
+    "localize": "localization",
+    "make_spec": "sweeps",
+    "plot_curves": "plotting",
+    "plot_emotions": "plotting",
+    "plot_reliability": "plotting",
+    "plot_similarity": "plotting",
+    "plot_valence_arousal": "plotting",
+    "resolve_site": "sites",
+    "run_sweep": "sweeps",
+    "write_report": "report",
+    "write_stories": "stories",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605 - a list of strings
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"lens_affect has no {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(f"lens_affect.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,504 @@
+"""Read sites over stimuli: one pooled vector per text, site and layer, streamed to disk.
+
+Pooling happens inside the hook and the unembedding is never computed, so reading costs what a bare forward pass costs.
+Batches are padded on the right with a mask, so a text gives the same vector alone and in any batch.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lens_affect.adapter import (
+    Encoded,
+    LensModel,
+    add_hooks,
+    context_window,
+    device_of,
+    encode,
+    model_info,
+    pad_right,
+    pad_token_id,
+    run_trunk,
+)
+from lens_affect.results import Provenance, Stopwatch, full_disk_explained, load_result, save_result
+from lens_affect.selfchecks import ensure_checked
+from lens_affect.sites import Site, resolve_site
+from lens_affect.stimuli import Stimuli
+
+log = logging.getLogger(__name__)
+
+DEFAULT_BATCH_TOKENS = 1024
+"""Padded tokens per batch on a CPU: more does not run faster there and only takes memory."""
+SINK_RATIO = 3.0
+"""A token is a sink at a layer when its norm exceeds this many times its text's median norm there. In SmolLM2-135M ordinary
+tokens stay below 2.5 and sinks lie between 5 and 180 (" the" in blocks 2 to 8, some first words from block 11 on)."""
+MINIMUM_COSINE = 0.999
+"""bfloat16 is kept only while pooled vectors agree with float32 at least this well."""
+
+Progress = Callable[[int, int], None]
+"""Called with the number of texts done and in all."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Pooled activations with their stimuli."""
+
+    arrays: dict[str, Float[Tensor, "stimulus layer width"]]
+    """One array per site; memory-mapped after extraction, so pages are read when they are touched."""
+    squares: dict[str, Float[Tensor, "stimulus layer width"]]
+    """With keep="moments": mean square of each cell; empty otherwise."""
+    counts: Int[Tensor, " stimulus"]
+    """Texts behind each row: 1 with keep="pooled"; the size of the (emotion, group) cell with keep="moments"."""
+    layers: tuple[int, ...]
+    """0-based block of each entry of the layer axis."""
+    embedding: dict[str, Float[Tensor, "stimulus d_model"]]
+    """`{"embedding": ...}`: pooled input of block 0, the lexical baseline; empty if resid_post was not read."""
+    stimuli: Stimuli
+    """The texts; with keep="moments" the first text of each cell stands for it."""
+    n_layers: int
+    """Blocks of the model, for depths."""
+    pooling: str
+    """`mean`, `mean_without_sinks`, `last`, `midpoint` or `after:N`."""
+    texts_with_sinks: dict[str, Int[Tensor, " layer"]]
+    """Per site and layer: texts in which some pooled token is a sink (`SINK_RATIO`). With `mean` one such token can outweigh all others."""
+    provenance: Provenance
+    """Model, numerics, stimuli, versions."""
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Sites that were read."""
+        return tuple(self.arrays)
+
+    @property
+    def values(self) -> Float[Tensor, "stimulus layer width"]:
+        """The array of a single site.
+
+        Raises:
+            ValueError: several sites were read; choose one with `at(site)`.
+        """
+        if len(self.arrays) != 1:
+            raise ValueError(
+                f"received activations of {list(self.sites)}; .values needs one site: use .at('{self.sites[0]}').values"
+            )
+        return next(iter(self.arrays.values()))
+
+    def at(self, site: str) -> Self:
+        """The activations of one site."""
+        if site not in self.arrays:
+            raise ValueError(
+                f"site {site!r} was not read; there are {list(self.sites)}: extract it with sites=[{site!r}]"
+            )
+        squares = {site: self.squares[site]} if self.squares else {}
+        return replace(
+            self,
+            arrays={site: self.arrays[site]},
+            squares=squares,
+            embedding=self.embedding if site == "resid_post" else {},
+            texts_with_sinks={site: self.texts_with_sinks[site]},
+        )
+
+    def select(
+        self,
+        *,
+        emotions: Sequence[str] | None = None,
+        groups: Sequence[str] | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> Self:
+        """The rows with these emotions, of these groups, at these row numbers (as Stimuli.select)."""
+        chosen = range(len(self.stimuli)) if rows is None else rows
+        keep = [
+            i
+            for i in chosen
+            if (emotions is None or self.stimuli.emotions[i] in emotions)
+            and (groups is None or self.stimuli.groups[i] in groups)
+        ]
+        stimuli = self.stimuli.select(emotions=emotions, groups=groups, rows=rows)  # raises for unknown labels
+        index = torch.tensor(keep)
+        return replace(
+            self,
+            arrays={k: v[index] for k, v in self.arrays.items()},
+            squares={k: v[index] for k, v in self.squares.items()},
+            embedding={k: v[index] for k, v in self.embedding.items()},
+            counts=self.counts[index],
+            stimuli=stimuli,
+        )
+
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Save as a folder (see results.py)."""
+        return save_result(self, folder, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Self:
+        """Load what `save` wrote; arrays are memory-mapped."""
+        return load_result(cls, folder)
+
+    def __str__(self) -> str:
+        shapes = ", ".join(f"{site} {list(values.shape)}" for site, values in self.arrays.items())
+        return (
+            f"{self.provenance.title}: {int(self.counts.sum())} texts, {self.pooling} pooling, {shapes}\n"
+            f"{self.provenance.dtype}, {self.provenance.numerics} numerics, BOS {self.provenance.bos}"
+        )
+
+    def _repr_html_(self) -> str:
+        import html
+
+        return "<p>" + html.escape(str(self)).replace("\n", "<br>") + "</p>"
+
+
+def extract_activations(
+    model: LensModel,
+    stimuli: Stimuli,
+    *,
+    sites: Sequence[str] | str = ("resid_post",),
+    layers: Sequence[int] | None = None,
+    pooling: str = "mean",
+    keep: Literal["pooled", "moments"] = "pooled",
+    batch_tokens: int | Literal["auto"] = "auto",
+    own_bos: bool = False,
+    spool: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Activations:
+    """Read sites over stimuli and pool over each text's own tokens.
+
+    Special tokens, padding, the prompt and position 0 (the attention sink) never enter. A text with a prompt is read after
+    it, so that generated and given texts share this one reader.
+
+    Args:
+        model: a bridge or a HookedTransformer.
+        stimuli: the texts.
+        sites: names from sites.SITES.
+        layers: 0-based blocks; all by default.
+        pooling: `mean` over the text's tokens, `mean_without_sinks` (leaving out, layer by layer, tokens whose norm exceeds SINK_RATIO
+            times the text's median: attention sinks beyond position 0), `last` token, `midpoint` (token n // 2 of the text; the last prompt token if the
+            text has at most 10: arXiv:2604.04064), or `after:N` (mean from the text's token N on).
+        keep: `pooled` keeps one row per text, in memory-mapped files; `moments` keeps mean and mean square per (emotion, group)
+            cell, in memory that does not grow with the number of texts.
+        batch_tokens: padded tokens per batch.
+        own_bos: keep the tokenizer's own BOS default (protocol jeong2026).
+        spool: folder for the memory-mapped files; by default a temporary one that lives as long as the result.
+        progress: called with (texts done, texts in all).
+
+    Returns:
+        Activations with `values[stimulus, layer, width]` per site in float32; the same text gives the same vector in any batch.
+
+    Raises:
+        ValueError: a text beyond the context window or too short for the pooling, an unknown site or layer, or activations
+            that are not finite.
+        OSError: the disk is full.
+
+    Example:
+        >>> extract_activations(model, load_stimuli("passages"), pooling="mean").values.shape  # doctest: +SKIP
+        torch.Size([276, 30, 576])
+    """
+    clock = Stopwatch()
+    ensure_checked(model)
+    names = (sites,) if isinstance(sites, str) else tuple(sites)
+    resolved = [resolve_site(model, name) for name in names]
+    chosen = _check_layers(layers, int(model.cfg.n_layers))
+    encoded = _encode_all(model, stimuli, own_bos=own_bos)
+    weights = [_pooling_weights(e, pooling, row) for row, e in enumerate(encoded)]
+    if keep not in ("pooled", "moments"):
+        raise ValueError(f"received keep={keep!r}; allowed are 'pooled' and 'moments'")
+    _settle_precision(model, encoded, weights)
+
+    shapes = {s.name: (len(chosen), s.width) for s in resolved}
+    if "resid_post" in shapes:
+        shapes["embedding"] = (1, int(model.cfg.d_model))
+    store = _Spool(len(stimuli), shapes, spool) if keep == "pooled" else _Moments(stimuli, shapes)
+    budget = DEFAULT_BATCH_TOKENS if batch_tokens == "auto" else int(batch_tokens)
+    sinks = {s.name: torch.zeros(len(chosen), dtype=torch.long) for s in resolved}
+    done = 0
+    for rows in _batches([len(e.ids) for e in encoded], budget):
+        batch, batch_weights = [encoded[r] for r in rows], [weights[r] for r in rows]
+        pooled = _read_batch(
+            model, batch, batch_weights, resolved, chosen, sinks, leave_out=pooling == "mean_without_sinks"
+        )
+        _require_finite(pooled, rows, model)
+        store.write(rows, pooled)
+        done += len(rows)
+        if progress:
+            progress(done, len(stimuli))
+
+    _warn_of_sinks(sinks, pooling, len(stimuli))
+    kept, counts, arrays, squares = store.finish()
+    embedding = arrays.pop("embedding", None)
+    squares.pop("embedding", None)
+    return Activations(
+        arrays=arrays,
+        squares=squares,
+        counts=counts,
+        layers=chosen,
+        embedding={} if embedding is None else {"embedding": embedding[:, 0]},
+        stimuli=stimuli if keep == "pooled" else stimuli.select(rows=kept),
+        n_layers=int(model.cfg.n_layers),
+        pooling=pooling,
+        texts_with_sinks=sinks,
+        provenance=model_info(model).provenance.updated(
+            stimuli_hash=stimuli.hash,
+            bos="+".join(sorted({e.bos for e in encoded})),
+            elapsed_seconds=clock.seconds,
+        ),
+    )
+
+
+def _check_layers(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
+    chosen = tuple(range(n_layers)) if layers is None else tuple(layers)
+    if not chosen or any(not 0 <= layer < n_layers for layer in chosen):
+        raise ValueError(
+            f"received layers {list(chosen)}; allowed are 0 to {n_layers - 1} (layer l is the output of block l)"
+        )
+    return chosen
+
+
+def _encode_all(model: LensModel, stimuli: Stimuli, *, own_bos: bool) -> list[Encoded]:
+    encoded = [
+        encode(model, text, prompt, own_bos=own_bos)
+        for text, prompt in zip(stimuli.texts, stimuli.prompts, strict=True)
+    ]
+    window = context_window(model)
+    long = [(row, len(e.ids)) for row, e in enumerate(encoded) if len(e.ids) > window]
+    if long:
+        row, length = max(long, key=lambda item: item[1])
+        raise ValueError(
+            f"received {len(long)} texts beyond the context window of {window} tokens (row {row} has {length}); shorten them, or "
+            "leave them out with stimuli.select(rows=...)"
+        )
+    return encoded
+
+
+def _pooling_weights(encoded: Encoded, pooling: str, row: int) -> dict[int, float]:
+    """Position -> weight; the weights of a text sum to 1."""
+    content = encoded.content
+    after = re.fullmatch(r"after:(\d+)", pooling)
+    if pooling == "midpoint":
+        # The paper's rule counts tokens after the prompt, special ones too.
+        n = encoded.n_text
+        position = encoded.start + n // 2 if n > 10 else encoded.start - 1
+        if position < 1:
+            raise ValueError(
+                f"received a text of {n} tokens without a prompt in row {row}; midpoint pooling needs more than 10"
+            )
+        return {position: 1.0}
+    if pooling == "last":
+        positions = content[-1:]
+    elif pooling in ("mean", "mean_without_sinks"):
+        positions = content
+    elif after:
+        positions = content[int(after.group(1)) :]
+    else:
+        raise ValueError(
+            f"received pooling={pooling!r}; allowed are 'mean', 'mean_without_sinks', 'last', 'midpoint' and 'after:N' (N a number)"
+        )
+    if not positions:
+        raise ValueError(
+            f"received a text with {len(content)} usable tokens in row {row}; too short for pooling={pooling!r}: leave it out or pool by 'mean'"
+        )
+    return {p: 1 / len(positions) for p in positions}
+
+
+def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Row numbers in batches of similar length whose padded size stays within the budget (always at least one row).
+
+    Longest first: memory peaks at the start, not hours into a run.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    start = 0
+    while start < len(order):
+        size = max(1, budget // lengths[order[start]])
+        yield order[start : start + size]
+        start += size
+
+
+def _read_batch(
+    model: LensModel,
+    batch: list[Encoded],
+    weights: list[dict[int, float]],
+    sites: list[Site],
+    layers: tuple[int, ...],
+    sinks: dict[str, Tensor] | None = None,
+    *,
+    leave_out: bool = False,
+) -> dict[str, Float[Tensor, "row layer width"]]:
+    device = device_of(model)
+    tokens, mask = pad_right(batch, pad_token_id(model), device)
+    weight = torch.zeros(tokens.shape, dtype=torch.float32)
+    for row, positions in enumerate(weights):
+        weight[row, list(positions)] = torch.tensor(list(positions.values()))
+    weight = weight.to(device)
+    pooled: dict[str, Tensor] = {s.name: torch.full((len(batch), len(layers), s.width), math.nan) for s in sites}
+
+    def pool(target: Tensor, width: int, counter: Tensor | None) -> Callable[..., None]:
+        def hook(value: Tensor, hook: Any = None) -> None:
+            flat = value.flatten(2)
+            if flat.shape[-1] != width:
+                raise RuntimeError(
+                    f"{getattr(hook, 'name', 'a hook')} is {flat.shape[-1]} wide; its config promises {width}"
+                )
+            flat, used = flat.float(), weight
+            if counter is not None:
+                is_sink = _sinks(flat, weight)
+                counter.add_(int(is_sink.any(1).sum()))
+                if leave_out:
+                    used = weight * ~is_sink
+                    used = used / used.sum(1, keepdim=True)
+            target.copy_(torch.bmm(used[:, None, :], flat)[:, 0])
+
+        return hook
+
+    hooks = [
+        (
+            s.at(layer),
+            pool(pooled[s.name][:, i], s.width, None if sinks is None else sinks[s.name][i : i + 1]),
+        )
+        for s in sites
+        for i, layer in enumerate(layers)
+    ]
+    if any(s.name == "resid_post" for s in sites):
+        pooled["embedding"] = torch.full((len(batch), 1, int(model.cfg.d_model)), math.nan)
+        hooks.append(
+            (
+                resolve_site(model, "resid_pre").at(0),
+                pool(pooled["embedding"][:, 0], int(model.cfg.d_model), None),
+            )
+        )
+    with add_hooks(model, hooks):
+        run_trunk(model, tokens, mask)
+    return pooled
+
+
+def _sinks(
+    flat: Float[Tensor, "row position width"], weight: Float[Tensor, "row position"]
+) -> Bool[Tensor, "row position"]:
+    """Pooled tokens whose norm exceeds SINK_RATIO times the median norm of their text's pooled tokens."""
+    norms = torch.where(weight > 0, flat.norm(dim=-1), torch.nan)
+    return norms > SINK_RATIO * norms.nanmedian(dim=1, keepdim=True).values
+
+
+def _warn_of_sinks(sinks: dict[str, Tensor], pooling: str, n_texts: int) -> None:
+    most = int(sinks["resid_post"].max()) if pooling == "mean" and "resid_post" in sinks else 0
+    if most:
+        log.warning(
+            "%d of %d texts hold an attention sink beyond position 0 at some layer; in a plain mean one such token can outweigh all "
+            "others: pooling='mean_without_sinks' leaves it out",
+            most,
+            n_texts,
+        )
+
+
+def _require_finite(pooled: dict[str, Tensor], rows: list[int], model: LensModel) -> None:
+    for site, values in pooled.items():
+        bad = (~values.isfinite()).any(-1).nonzero()
+        if len(bad):
+            row, layer = bad[0].tolist()
+            raise ValueError(
+                f"received activations that are not finite: {site}, layer entry {layer}, text {rows[row]}, in "
+                f"{model_info(model).provenance.dtype}; load the model with dtype=torch.float32 or bfloat16 (Gemma overflows in float16)"
+            )
+
+
+def _settle_precision(model: LensModel, encoded: list[Encoded], weights: list[dict[int, float]]) -> None:
+    """Where bfloat16 was chosen automatically: compare it with float32 on this run's own texts and pooling, and go back if it is too coarse."""
+    info = model_info(model)
+    if not info.precision_is_automatic or info.restore_float32 is None:
+        return
+    rows = sorted({0, len(encoded) // 3, 2 * len(encoded) // 3, len(encoded) - 1})
+    batch, pooling = [encoded[r] for r in rows], [weights[r] for r in rows]
+    site, layers = [resolve_site(model, "resid_post")], tuple(range(int(model.cfg.n_layers)))
+    coarse = _read_batch(model, batch, pooling, site, layers)
+    info.restore_float32()
+    fine = _read_batch(model, batch, pooling, site, layers)
+    worst = min(torch.cosine_similarity(coarse[k], fine[k], dim=-1).min().item() for k in fine)
+    if worst >= MINIMUM_COSINE:
+        model.to(torch.bfloat16)  # pyright: ignore[reportAttributeAccessIssue]
+        info.provenance = replace(info.provenance, dtype="bfloat16")
+        info.precision_is_automatic = True
+    else:
+        log.warning("bfloat16 keeps a cosine of only %.4f with float32 under this pooling: reading in float32", worst)
+
+
+class _Spool:
+    """Rows written as they come into safetensors files, then memory-mapped. Plain writes: written pages cost no resident memory."""
+
+    def __init__(self, n_rows: int, shapes: dict[str, tuple[int, int]], folder: str | os.PathLike[str] | None) -> None:
+        self._n_rows, self._shapes = n_rows, shapes
+        self._temporary = None if folder else tempfile.mkdtemp(prefix="lens_affect-")
+        self._folder = Path(folder or str(self._temporary))
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._files: dict[str, tuple[int, int]] = {}
+        with full_disk_explained(self._folder):
+            for name, (layers, width) in shapes.items():
+                header = {
+                    name: {
+                        "dtype": "F32",
+                        "shape": [n_rows, layers, width],
+                        "data_offsets": [0, n_rows * layers * width * 4],
+                    }
+                }
+                text = json.dumps(header).encode()
+                text += b" " * (-len(text) % 8)
+                descriptor = os.open(self._folder / f"{name}.safetensors", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+                os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
+                # Reserves the space now, so that a disk that is too small is found before any long work starts.
+                os.posix_fallocate(descriptor, 8 + len(text), max(n_rows * layers * width * 4, 1))
+                self._files[name] = (descriptor, 8 + len(text))
+
+    def write(self, rows: list[int], pooled: dict[str, Tensor]) -> None:
+        with full_disk_explained(self._folder):
+            for name, values in pooled.items():
+                descriptor, offset = self._files[name]
+                for row, value in zip(rows, values, strict=True):
+                    data = value.contiguous().numpy().tobytes()
+                    os.pwrite(descriptor, data, offset + row * len(data))
+
+    def finish(self) -> tuple[list[int], Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        from safetensors.torch import load_file
+
+        arrays: dict[str, Tensor] = {}
+        for name, (descriptor, _) in self._files.items():
+            os.close(descriptor)
+            arrays |= load_file(self._folder / f"{name}.safetensors")
+        if self._temporary is not None:
+            # An unlinked file stays readable through its mapping, so the folder's name is not needed any more.
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        return list(range(self._n_rows)), torch.ones(self._n_rows, dtype=torch.long), arrays, {}
+
+
+class _Moments:
+    """Mean and mean square per (emotion, group) cell."""
+
+    def __init__(self, stimuli: Stimuli, shapes: dict[str, tuple[int, int]]) -> None:
+        cells: dict[tuple[str, str], int] = {}
+        self._first: list[int] = []
+        self._cell = []
+        for row, key in enumerate(zip(stimuli.emotions, stimuli.groups, strict=True)):
+            if key not in cells:
+                cells[key] = len(cells)
+                self._first.append(row)
+            self._cell.append(cells[key])
+        self._counts = torch.zeros(len(cells), dtype=torch.long)
+        self._mean = {name: torch.zeros(len(cells), *shape) for name, shape in shapes.items()}
+        self._square = {name: torch.zeros(len(cells), *shape) for name, shape in shapes.items()}
+
+    def write(self, rows: list[int], pooled: dict[str, Tensor]) -> None:
+        for i, row in enumerate(rows):
+            cell = self._cell[row]
+            self._counts[cell] += 1
+            for name, values in pooled.items():
+                # Running means do not lose digits as sums of squares of large activations would.
+                self._mean[name][cell] += (values[i] - self._mean[name][cell]) / self._counts[cell]
+                self._square[name][cell] += (values[i] ** 2 - self._square[name][cell]) / self._counts[cell]
+
+    def finish(self) -> tuple[list[int], Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        return self._first, self._counts, self._mean, self._square

@@ -1,0 +1,240 @@
+"""The command line: `lens-affect sweep MODEL`, `lens-affect catalogue`, `lens-affect doctor MODEL`.
+
+Exit code 2 for wrong input, 1 for a run that failed. Heavy imports happen inside the commands, so --help answers at once.
+"""
+
+import json as json_module
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Find where emotion lives in a language model, with intervals and nulls beside every number.",
+)
+
+
+class Method(StrEnum):
+    """Where the texts come from."""
+
+    both = "both"
+    comprehension = "comprehension"
+    generation = "generation"
+
+
+@app.callback()
+def _start() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+
+
+@app.command()
+def sweep(
+    model: Annotated[str, typer.Argument(help="Catalogue name, hub id, folder or GGUF file.")],
+    method: Annotated[
+        Method, typer.Option(help="Read given passages, stories the model writes, or both.")
+    ] = Method.both,
+    emotions: Annotated[str, typer.Option(help="Comma-separated; all of the stimuli's by default.")] = "",
+    stimuli: Annotated[
+        str,
+        typer.Option(
+            help="'passages', or a CSV, TSV, Parquet or JSONL file with columns text, emotion and optionally group, source."
+        ),
+    ] = "passages",
+    score: Annotated[
+        str, typer.Option(help="Comma-separated scores.")
+    ] = "nearest_mean,dprime,valence,mean_cosine_neutral",
+    pooling: Annotated[
+        str, typer.Option(help="mean, mean_without_sinks, last, midpoint or after:N.")
+    ] = "mean_without_sinks",
+    stories: Annotated[int, typer.Option(help="Stories per emotion.")] = 12,
+    story_tokens: Annotated[int, typer.Option(help="Longest story in tokens.")] = 256,
+    permutations: Annotated[int, typer.Option(help="Relabellings behind each null.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The demo's size: 6 short stories per emotion, 200 permutations.")
+    ] = False,
+    out: Annotated[str, typer.Option(help="Folder of the run; runs/MODEL by default.")] = "",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run; no finished step is repeated.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Emotion vectors and localization curves at every layer, and a report that opens in a browser."""
+    with _errors():
+        from lens_affect.sweeps import make_spec, run_sweep
+        from lens_affect.sweeps import quick as quick_size
+
+        settings: dict[str, Any] = {
+            "model": model,
+            "methods": ("comprehension", "generation") if method is Method.both else (method.value,),
+            "stimuli": stimuli,
+            "scores": tuple(filter(None, score.split(","))),
+            "pooling": pooling,
+            "n_stories": stories,
+            "story_tokens": story_tokens,
+            "n_permutations": permutations,
+            "seed": seed,
+            "dtype": dtype,
+        }
+        if emotions:
+            settings["emotions"] = tuple(e.strip() for e in emotions.split(","))
+        spec = make_spec(**settings)
+        spec = quick_size(spec) if quick else spec
+        folder = Path(out or Path("runs") / Path(model).name)
+        with _progress(quiet or json) as report:
+            done = run_sweep(spec, folder, resume=resume, report=report)
+            with report("write the report"):
+                from lens_affect.report import write_report
+
+                page = write_report(done)
+        if json:
+            print(
+                json_module.dumps(
+                    {
+                        "headlines": {m: done.headline(m) for m in spec.methods},
+                        "report": str(page),
+                        "curves": str(folder / "curves.csv"),
+                    },
+                    indent=1,
+                )
+            )
+            return
+        for name in spec.methods:
+            print(done.headline(name))
+        print(f"Report: {page.absolute()}")
+
+
+@app.command()
+def catalogue(json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
+    """List the models that have a short name, and which are cached."""
+    with _errors():
+        from lens_affect.catalogue import cache_folder, catalogue_frame
+
+        table = catalogue_frame()
+        if json:
+            print(table.to_json(orient="records", indent=1))
+            return
+        _print_table(table, f"Models (cache: {cache_folder()})")
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(help="Catalogue name, hub id, folder or GGUF file.")],
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Run the self-checks of a model and print what they measured; exit code 1 if one fails."""
+    with _errors():
+        from lens_affect.models import load_model
+        from lens_affect.selfchecks import check_model
+
+        report = check_model(load_model(model))
+        if json:
+            print(report.to_frame().to_json(orient="records", indent=1))
+        else:
+            _print_table(report.to_frame(), str(report))
+        if report.failed:
+            for check in report.failed:
+                print(f"{check.name}: {check.advice}", file=sys.stderr)
+            raise SystemExit(1)
+
+
+def _print_table(table: Any, title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(title=title, title_justify="left")
+    for column in table.columns:
+        drawn.add_column(str(column))
+    for row in table.itertuples(index=False):
+        drawn.add_row(*("yes" if v is True else "" if v is False else str(v) for v in row))
+    Console().print(drawn)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Wrong input ends with code 2, a failed run with 1; both with one message and no traceback (LENS_AFFECT_DEBUG=1 shows it)."""
+    try:
+        yield
+    except (ValueError, TypeError, FileExistsError, FileNotFoundError) as error:
+        _fail(error, 2)
+    except (RuntimeError, OSError) as error:
+        _fail(error, 1)
+    except KeyboardInterrupt:
+        print("interrupted; finished steps are kept: run the same command with --resume", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _fail(error: Exception, code: int) -> None:
+    if os.environ.get("LENS_AFFECT_DEBUG"):
+        raise error
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str], Any]]:
+    """Progress bars on a terminal, a line per step elsewhere, nothing with --quiet."""
+    if quiet:
+        yield _nothing
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+    @contextmanager
+    def step(name: str) -> Iterator[Callable[[int, int], None]]:
+        start = time.monotonic()
+        task = bars.add_task(name, total=None)
+        last = [start]
+
+        def update(done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total)
+            if not console.is_terminal and time.monotonic() - last[0] > 15:
+                last[0] = time.monotonic()
+                console.print(f"  {name}: {done} of {total}")
+
+        if not console.is_terminal:
+            console.print(f"{name} ...")
+        yield update
+        bars.update(task, completed=1, total=1) if bars.tasks[task].total is None else None
+        if not console.is_terminal:
+            console.print(f"  {name}: done in {time.monotonic() - start:.0f} s")
+
+    with bars:
+        yield step
+
+
+@contextmanager
+def _nothing(name: str) -> Iterator[Callable[[int, int], None]]:
+    yield lambda done, total: None
+
+
+def main() -> None:
+    """Entry point."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""Batched generation, greedy or sampled with one random stream per row, with interventions per row.
+
+Each row's text depends on its prompt, its seed and its own interventions, not on which other rows share the batch: a
+row draws its random numbers from its own stream, and prompts are padded on the left behind a mask.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lens_affect.adapter import (
+    Hook,
+    LensModel,
+    add_hooks,
+    context_window,
+    device_of,
+    encode_prompt,
+    is_bridge,
+    pad_token_id,
+)
+from lens_affect.selfchecks import ensure_checked
+from lens_affect.sites import resolve_site
+from lens_affect.statistics import derive_generator
+
+Scope = Literal["response", "prompt", "all"]
+Mode = Literal["add", "ablate", "clamp"]
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """A change of one site at one layer while text is generated."""
+
+    layer: int
+    """0-based block."""
+    site: str
+    """One of sites.SITES."""
+    vector: Float[Tensor, "width"] | Float[Tensor, "row width"]
+    """What is added; or the direction that is ablated or clamped. One for all rows, or one per row of `rows`."""
+    mode: Mode = "add"
+    """`add` the vector; `ablate` the component along it; `clamp` that component to the vector's norm."""
+    scope: Scope = "response"
+    """`response`: positions whose output predicts a response token (the last prompt position is one of them); `prompt`; `all`."""
+    rows: tuple[int, ...] | None = None
+    """Row numbers of the prompts it acts on; all by default."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Generated texts. All tuples have one entry per prompt."""
+
+    texts: tuple[str, ...]
+    """Continuations without special tokens."""
+    tokens: tuple[tuple[int, ...], ...]
+    """Their token ids, without the stop token."""
+    finished: tuple[bool, ...]
+    """True if the model stopped by itself, False if the length limit did."""
+    prompts: tuple[str, ...]
+    """What was asked."""
+    form: Literal["chat", "plain"]
+    """Whether prompts went through the chat template."""
+
+
+def generate(
+    model: LensModel,
+    prompts: Sequence[str],
+    *,
+    interventions: Sequence[Intervention] = (),
+    max_new_tokens: int = 128,
+    temperature: float = 0.7,
+    top_p: float = 0.95,
+    greedy: bool = False,
+    seed: int = 0,
+    row_seeds: Sequence[int | str] | None = None,
+    stop: Sequence[int] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Generated:
+    """Generate one continuation per prompt, all rows in one batch.
+
+    Args:
+        model: a bridge (with a key-value cache) or a HookedTransformer (without one, so slower).
+        prompts: user requests; they go through the chat template where the model has one.
+        interventions: changes to activations, each for some rows.
+        max_new_tokens: length limit per row.
+        temperature: of sampling; above 0.
+        top_p: nucleus sampling: the smallest set of tokens with at least this probability.
+        greedy: take the likeliest token instead of sampling.
+        seed: of all rows.
+        row_seeds: name of each row's random stream; rows with the same name draw the same numbers. Row numbers by default.
+        stop: token ids that end a row; by default the model's end-of-text and end-of-turn tokens.
+        progress: called with (tokens done per row, limit).
+
+    Returns:
+        Texts and tokens, in the order of the prompts.
+
+    Raises:
+        ValueError: an empty prompt list, prompts beyond the context window, or numbers out of range.
+
+    Example:
+        >>> generate(model, ["How does he feel?"], max_new_tokens=8, seed=0).texts  # doctest: +SKIP
+    """
+    _check(prompts, temperature, top_p, max_new_tokens, row_seeds)
+    ensure_checked(model)
+    heads = [encode_prompt(model, prompt)[0] for prompt in prompts]
+    room = context_window(model) - max(map(len, heads))
+    if room < max_new_tokens:
+        raise ValueError(
+            f"received a prompt of {max(map(len, heads))} tokens and max_new_tokens={max_new_tokens}; the context window holds "
+            f"{context_window(model)}: shorten the prompt or ask for at most {max(room, 0)}"
+        )
+    stops = set(stop_tokens(model) if stop is None else stop)
+    names = list(range(len(prompts))) if row_seeds is None else list(row_seeds)
+    draws = np.stack([derive_generator(seed, "sample", name).random(max_new_tokens) for name in names])
+
+    state = _Batch(model, heads)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    finished = [False] * len(prompts)
+    active = list(range(len(prompts)))
+    for step in range(max_new_tokens):
+        with add_hooks(model, _hooks(model, interventions, state, active)):
+            logits = state.next_logits()
+        uniform = torch.from_numpy(draws[active, step]).to(logits.device)
+        chosen = logits.argmax(-1) if greedy else sample(logits, uniform, temperature=temperature, top_p=top_p)
+        still = []
+        for i, (row, token) in enumerate(zip(active, chosen.tolist(), strict=True)):
+            if token in stops:
+                finished[row] = True
+            else:
+                tokens[row].append(token)
+                still.append(i)
+        if progress:
+            progress(step + 1, max_new_tokens)
+        if not still or step + 1 == max_new_tokens:
+            break
+        if len(still) < len(active):
+            active = [active[i] for i in still]
+            state.keep(still)
+            chosen = chosen[still]
+        state.append(chosen)
+    return Generated(
+        texts=tuple(str(model.tokenizer.decode(t, skip_special_tokens=True)) for t in tokens),
+        tokens=tuple(map(tuple, tokens)),
+        finished=tuple(finished),
+        prompts=tuple(prompts),
+        form="chat" if getattr(model.tokenizer, "chat_template", None) else "plain",
+    )
+
+
+def _check(
+    prompts: Sequence[str],
+    temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+    row_seeds: Sequence[int | str] | None,
+) -> None:
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"received prompts={prompts!r}; allowed is a list with at least one prompt")
+    if not temperature > 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise ValueError(
+            f"received temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens}; allowed are temperature above 0 "
+            "(greedy=True for none), top_p in (0, 1], at least one token"
+        )
+    if row_seeds is not None and len(row_seeds) != len(prompts):
+        raise ValueError(f"received {len(row_seeds)} row_seeds for {len(prompts)} prompts; allowed is one per prompt")
+
+
+def stop_tokens(model: LensModel) -> tuple[int, ...]:
+    """End-of-text and end-of-turn ids: the tokenizer's, the generation config's, and the usual turn markers it knows."""
+    found: set[int] = set()
+    config = getattr(getattr(model, "original_model", None), "generation_config", None)
+    for value in (model.tokenizer.eos_token_id, getattr(config, "eos_token_id", None)):
+        found |= set(value if isinstance(value, list | tuple) else [value])
+    known = model.tokenizer.get_vocab() if hasattr(model.tokenizer, "get_vocab") else {}
+    found |= {known[t] for t in ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|endoftext|>") if t in known}
+    return tuple(sorted(int(t) for t in found if t is not None))
+
+
+def sample(
+    logits: Float[Tensor, "row vocab"], uniform: Float[Tensor, " row"], *, temperature: float, top_p: float
+) -> Int[Tensor, " row"]:
+    """Nucleus sampling by inverse transform: one uniform number per row decides, so a row's draw is its own.
+
+    Args:
+        logits: of the next token.
+        uniform: one number in [0, 1) per row.
+        temperature: divides the logits.
+        top_p: the smallest set of likeliest tokens with at least this probability (Holtzman et al., 2019, arXiv:1904.09751).
+    """
+    scaled = logits.float() / temperature
+    total = scaled.logsumexp(-1, keepdim=True)
+    n_candidates = 128
+    while True:  # sorting the whole vocabulary for every token costs as much as the forward pass of a small model
+        n_candidates = min(n_candidates, logits.shape[-1])
+        top, order = scaled.topk(n_candidates, dim=-1)
+        probabilities = (top - total).exp()
+        cumulative = probabilities.cumsum(-1)
+        if n_candidates == logits.shape[-1] or bool((cumulative[:, -1] >= top_p).all()):
+            break
+        n_candidates *= 8
+    kept = probabilities * (cumulative - probabilities < top_p)
+    ladder = kept.cumsum(-1)
+    target = uniform.to(ladder)[:, None] * ladder[:, -1:]
+    place = (ladder <= target).sum(-1).clamp(max=n_candidates - 1)
+    return order.gather(-1, place[:, None])[:, 0]
+
+
+class _Batch:
+    """Left-padded rows with their key-value cache."""
+
+    def __init__(self, model: Any, heads: Sequence[tuple[int, ...]]) -> None:
+        self.model, device = model, device_of(model)
+        width = max(map(len, heads))
+        tokens = torch.full((len(heads), width), pad_token_id(model), dtype=torch.long)
+        mask = torch.zeros((len(heads), width), dtype=torch.long)
+        for row, head in enumerate(heads):
+            tokens[row, width - len(head) :] = torch.tensor(head)
+            mask[row, width - len(head) :] = 1
+        self.new, self.mask = tokens.to(device), mask.to(device)
+        self.history, self.history_mask = self.new, self.mask
+        self.prompt_width, self.cache = width, None
+
+    @property
+    def in_prompt(self) -> bool:
+        """True while the prompt itself is being read."""
+        return self.history.shape[1] == self.prompt_width
+
+    @torch.no_grad()
+    def next_logits(self) -> Float[Tensor, "row vocab"]:
+        if not is_bridge(self.model):
+            # HookedTransformer keeps its own kind of cache; reading the whole text again is slower and cannot differ.
+            logits = self.model(self.history, attention_mask=self.history_mask, return_type="logits")
+            return logits[:, -1].float()
+        positions = (self.history_mask.cumsum(-1) - 1).clamp(min=0)[:, -self.new.shape[1] :]
+        out = self.model.original_model(
+            input_ids=self.new,
+            attention_mask=self.history_mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache = out.past_key_values
+        return out.logits[:, -1].float()
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows only: finished ones cost nothing."""
+        index = torch.tensor(rows, device=self.history.device)
+        self.history, self.history_mask = self.history[index], self.history_mask[index]
+        if self.cache is not None:
+            self.cache.batch_select_indices(index)
+
+    def append(self, chosen: Int[Tensor, " row"]) -> None:
+        self.new = chosen[:, None]
+        self.history = torch.cat([self.history, self.new], dim=1)
+        self.history_mask = torch.cat([self.history_mask, torch.ones_like(self.new)], dim=1)
+
+
+def _hooks(model: LensModel, interventions: Sequence[Intervention], state: _Batch, active: list[int]) -> list[Hook]:
+    hooks: list[Hook] = []
+    for change in interventions:
+        site = resolve_site(model, change.site)
+        rows = active if change.rows is None else [r for r in active if r in change.rows]
+        if not rows:
+            continue
+        vector = change.vector
+        if vector.ndim == 2:
+            order = list(range(len(state.history))) if change.rows is None else list(change.rows)
+            vector = vector[[r if change.rows is None else order.index(r) for r in rows]]
+        if vector.shape[-1] != site.width:
+            raise ValueError(f"received a vector of width {vector.shape[-1]} for {site.name}; allowed is {site.width}")
+        where = torch.tensor([active.index(r) for r in rows], device=state.history.device)
+        hooks.append((site.at(change.layer), _edit(change.mode, vector, where, _positions(change.scope, state))))
+    return hooks
+
+
+def _positions(scope: Scope, state: _Batch) -> Bool[Tensor, " position"]:
+    """Which of the positions of this forward pass are in scope."""
+    if is_bridge(state.model) and not state.in_prompt:
+        seen = torch.ones(1, dtype=torch.bool)
+        first_response = 0
+    else:
+        seen = torch.ones(state.history.shape[1], dtype=torch.bool)
+        first_response = state.prompt_width - 1
+    if scope == "all":
+        return seen
+    response = torch.arange(len(seen)) >= first_response
+    return response if scope == "response" else ~response
+
+
+def _edit(mode: Mode, vector: Tensor, rows: Tensor, positions: Tensor) -> Callable[..., Tensor]:
+    def hook(value: Tensor, hook: Any = None) -> Tensor:
+        flat = value.flatten(2).clone()
+        direction = vector.to(flat)
+        direction = direction[:, None, :] if direction.ndim == 2 else direction
+        part = flat[rows]
+        if mode == "add":
+            new = part + direction
+        else:
+            norm = direction.norm(dim=-1, keepdim=True)
+            unit = direction / norm
+            along = (part * unit).sum(-1, keepdim=True)
+            new = part - along * unit if mode == "ablate" else part + (norm - along) * unit
+        inside = positions.to(value.device)[None, :, None]
+        flat[rows] = torch.where(inside, new, part)
+        return flat.view(value.shape)
+
+    return hook

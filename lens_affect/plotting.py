@@ -1,0 +1,295 @@
+"""Results in, plotly figures out. Titles state the finding; intervals and nulls are always drawn.
+
+Colours are Okabe and Ito's, safe for colour-blind readers; each emotion has one colour and marker everywhere.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from lens_affect.localization import EMBEDDING, LocalizationCurve
+from lens_affect.stimuli import EMOTIONS
+from lens_affect.vectors import EmotionVectors
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+_MARKERS = ("circle", "square", "diamond", "triangle-up", "x")
+QUADRANT_COLOURS = {
+    "positive, high": "#E69F00",
+    "positive, low": "#009E73",
+    "negative, high": "#D55E00",
+    "negative, low": "#0072B2",
+}
+EMOTION_COLOURS = {name: QUADRANT_COLOURS[e.quadrant] for name, e in EMOTIONS.items()}
+"""Colour of an emotion: that of its quadrant of the valence-arousal plane."""
+_IN_QUADRANT = {
+    name: [n for n in EMOTIONS if EMOTIONS[n].quadrant == e.quadrant].index(name) for name, e in EMOTIONS.items()
+}
+EMOTION_MARKERS = {
+    name: _MARKERS[i % len(_MARKERS)] + ("-open" if i >= len(_MARKERS) else "") for name, i in _IN_QUADRANT.items()
+}
+"""Marker of an emotion: tells it from the others of its quadrant."""
+_WIDTH, _HEIGHT = 900, 480
+
+
+def plot_curves(
+    curves: LocalizationCurve | Sequence[LocalizationCurve],
+    *,
+    title: str | None = None,
+    bar: float | None = None,
+) -> go.Figure:
+    """Localization curves of one score over depth, each with its interval; null band and family-wise threshold of the first.
+
+    Args:
+        curves: one or several with the same score, such as both extraction methods or several models.
+        title: a finding; by default where the first curve is best.
+        bar: level of a bag of words, drawn as a line.
+
+    Raises:
+        ValueError: curves of different scores.
+    """
+    several = [curves] if isinstance(curves, LocalizationCurve) else list(curves)
+    if len({c.score for c in several}) != 1:
+        raise ValueError(f"received curves of {sorted({c.score for c in several})}; one figure shows one score")
+    first = several[0]
+    figure = go.Figure()
+    x = first.depth.numpy()
+    if first.n_permutations:
+        _band(figure, x, first.null_low.numpy(), first.null_high.numpy(), "#999999", "95 % of shuffled labels")
+        figure.add_scatter(
+            x=x,
+            y=first.threshold.numpy(),
+            mode="lines",
+            line={"dash": "dot", "color": "#666666"},
+            name="5 % threshold over all layers",
+            hovertemplate="threshold %{y:.3f}<extra></extra>",
+        )
+    if bar is not None:
+        figure.add_hline(
+            y=bar,
+            line={"dash": "dash", "color": "#000000", "width": 1},
+            annotation_text="bag of words",
+            annotation_position="bottom right",
+        )
+    for curve, colour in zip(several, PALETTE, strict=False):
+        _band(figure, curve.depth.numpy(), curve.low.numpy(), curve.high.numpy(), colour, None)
+        figure.add_scatter(
+            x=curve.depth.numpy(),
+            y=curve.values.numpy(),
+            mode="lines+markers",
+            marker={
+                "size": [9 if r == EMBEDDING else 5 for r in curve.rows],
+                "symbol": ["diamond-open" if r == EMBEDDING else "circle" for r in curve.rows],
+            },
+            line={"color": colour},
+            name=curve_name(curve, several),
+            customdata=np.stack(
+                [np.array(curve.rows), curve.low.numpy(), curve.high.numpy(), curve.p_family.numpy()], axis=1
+            ),
+            hovertemplate="layer %{customdata[0]}, depth %{x:.2f}<br>%{y:.3f} [%{customdata[1]:.3f}, %{customdata[2]:.3f}]<br>family-wise p %{customdata[3]:.3f}<extra></extra>",
+        )
+    _layout(
+        figure,
+        title or curve_title(first),
+        "depth: (layer + 1) / layers; open diamond at 0: token embedding",
+        first.unit,
+    )
+    figure.update_xaxes(range=[-0.02, 1.02])
+    return figure
+
+
+def curve_name(curve: LocalizationCurve, among: Sequence[LocalizationCurve]) -> str:
+    """What tells a curve from the others: its stimuli, its model, or both."""
+    parts = []
+    if len({c.provenance.title for c in among}) > 1:
+        parts.append(curve.provenance.title)
+    if len({c.method for c in among}) > 1 or not parts:
+        parts.append(curve.method)
+    return ", ".join(parts) + f" (n = {curve.n_texts})"
+
+
+def curve_title(curve: LocalizationCurve) -> str:
+    """The finding of one curve in a line."""
+    i = curve.row(curve.best_layer)
+    low, high = curve.best_depth_interval()
+    return (
+        f"{curve.provenance.title}<br>{curve.unit} is best at depth {curve.depth[i]:.2f} (95 % interval {low:.2f} to {high:.2f}): "
+        f"{curve.values[i]:.2f} [{curve.low[i]:.2f}, {curve.high[i]:.2f}]"
+    )
+
+
+def _band(figure: go.Figure, x: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str, name: str | None) -> None:
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    figure.add_scatter(
+        x=np.concatenate([x, x[::-1]]),
+        y=np.concatenate([low, high[::-1]]),
+        fill="toself",
+        fillcolor=f"rgba({red},{green},{blue},0.2)",
+        line={"width": 0},
+        name=name,
+        showlegend=name is not None,
+        hoverinfo="skip",
+    )
+
+
+def _layout(figure: go.Figure, title: str, x: str, y: str) -> None:
+    figure.update_layout(
+        title={"text": title, "font": {"size": 15}, "x": 0.02, "xanchor": "left"},
+        template="simple_white",
+        width=_WIDTH,
+        height=_HEIGHT,
+        margin={"t": 80, "l": 70, "r": 30, "b": 110},
+        legend={"orientation": "h", "y": -0.24, "x": 0},
+    )
+    figure.update_xaxes(title_text=x)
+    figure.update_yaxes(title_text=y)
+
+
+def plot_similarity(vectors: EmotionVectors, layer: int, *, title: str | None = None) -> go.Figure:
+    """Heatmap of cosines between emotion vectors at one layer, emotions ordered by quadrant."""
+    order = sorted(
+        vectors.emotions,
+        key=lambda e: (list(QUADRANT_COLOURS).index(EMOTIONS[e].quadrant) if e in EMOTIONS else 9, e),
+    )
+    table = vectors.similarity(layer).loc[order, order]
+    off = table.to_numpy()[~np.eye(len(order), dtype=bool)]
+    pairs = table.where(~np.eye(len(order), dtype=bool)).stack()
+    closest = pairs.idxmax()
+    text = title or (
+        f"{vectors.provenance.title}, layer {layer}, {vectors.source}<br>closest: {closest[0]} and {closest[1]} "  # pyright: ignore[reportIndexIssue]
+        f"({pairs.max():.2f}); mean cosine {off.mean():.2f} after the {vectors.baseline} baseline"
+    )
+    figure = go.Figure(
+        go.Heatmap(
+            z=table.to_numpy(),
+            x=order,
+            y=order,
+            zmin=-1,
+            zmax=1,
+            colorscale=[[0, "#0072B2"], [0.5, "#FFFFFF"], [1, "#D55E00"]],
+            colorbar={"title": "cosine"},
+            hovertemplate="%{y} and %{x}: %{z:.2f}<extra></extra>",
+        )
+    )
+    _layout(figure, text, "", "")
+    figure.update_layout(width=760, height=720, margin={"t": 80, "l": 110, "r": 30, "b": 110})
+    figure.update_yaxes(autorange="reversed")
+    return figure
+
+
+def plot_valence_arousal(vectors: EmotionVectors, layer: int, *, title: str | None = None) -> go.Figure:
+    """Emotions on the first two principal components of their vectors, coloured by quadrant."""
+    table = vectors.principal_axes(layer)
+    shares = table.attrs["explained"]
+    sides = table[table["valence"] != "unknown"]
+    correlation = (
+        float(np.corrcoef(sides["pc1"], sides["valence"] == "positive")[0, 1]) if len(sides) > 2 else float("nan")
+    )
+    text = title or (
+        f"{vectors.provenance.title}, layer {layer}, {vectors.source}<br>first component and valence: r = {correlation:.2f} "
+        f"({len(sides)} emotions); it holds {shares[0]:.0%} of the variance between emotions"
+    )
+    figure = go.Figure()
+    for quadrant, colour in QUADRANT_COLOURS.items():
+        names = [e for e in table.index if e in EMOTIONS and EMOTIONS[e].quadrant == quadrant]
+        part = table.loc[names]
+        figure.add_scatter(
+            x=part["pc1"],
+            y=part["pc2"],
+            mode="markers+text",
+            text=names,
+            textposition="top center",
+            marker={"color": colour, "size": 10, "symbol": [EMOTION_MARKERS[n] for n in names]},
+            name=f"valence {quadrant.split(', ')[0]}, arousal {quadrant.split(', ')[1]}",
+            hovertemplate="%{text}: %{x:.2f}, %{y:.2f}<extra></extra>",
+        )
+    other = table.loc[[e for e in table.index if e not in EMOTIONS]]
+    if len(other):
+        figure.add_scatter(
+            x=other["pc1"],
+            y=other["pc2"],
+            mode="markers+text",
+            text=list(other.index),
+            textposition="top center",
+            marker={"color": "#7F7F7F", "size": 10},
+            name="not placed",
+        )
+    _layout(
+        figure,
+        text,
+        f"first principal component ({shares[0]:.0%} of variance)",
+        f"second principal component ({shares[1]:.0%})",
+    )
+    figure.update_layout(height=600)
+    return figure
+
+
+def plot_reliability(vectors: Sequence[EmotionVectors]) -> go.Figure:
+    """Split-half reliability of the vectors over depth: mean over emotions, and the range from the worst to the best."""
+    figure = go.Figure()
+    for one, colour in zip(vectors, PALETTE, strict=False):
+        depth = (np.array(one.layers) + 1) / one.n_layers
+        values = one.reliability.numpy()
+        _band(figure, depth, values.min(0), values.max(0), colour, None)
+        figure.add_scatter(
+            x=depth,
+            y=values.mean(0),
+            mode="lines+markers",
+            line={"color": colour},
+            marker={"size": 5},
+            name=f"{one.source} (band: worst to best emotion)",
+        )
+    best = max(vectors, key=lambda v: float(v.reliability.mean(0).max()))
+    top = float(best.reliability.mean(0).max())
+    _layout(
+        figure,
+        f"{best.provenance.title}<br>vectors of two halves of the topics agree up to {top:.2f} ({best.source}, mean over emotions)",
+        "depth: (layer + 1) / layers",
+        "split-half reliability (1 = same direction)",
+    )
+    return figure
+
+
+def plot_emotions(curve: LocalizationCurve, *, title: str | None = None) -> go.Figure:
+    """Score of every emotion at the best layer with interval and null mean, sorted.
+
+    Raises:
+        ValueError: the score has no values per emotion.
+    """
+    if curve.per_emotion.empty:
+        raise ValueError(f"score {curve.score!r} has no values per emotion; use 'nearest_mean', 'logistic' or 'dprime'")
+    table = curve.per_emotion[curve.per_emotion["row"] == str(curve.best_layer)].sort_values("score")
+    text = title or (
+        f"{curve.provenance.title}, layer {curve.best_layer}, {curve.method}<br>told apart best: {table['emotion'].iloc[-1]} "
+        f"({table['score'].iloc[-1]:.2f}); worst: {table['emotion'].iloc[0]} ({table['score'].iloc[0]:.2f})"
+    )
+    figure = make_subplots()
+    figure.add_scatter(
+        x=table["score"],
+        y=table["emotion"],
+        mode="markers",
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": (table["high"] - table["score"]).clip(lower=0),
+            "arrayminus": (table["score"] - table["low"]).clip(lower=0),
+        },
+        marker={
+            "color": [EMOTION_COLOURS.get(e, "#7F7F7F") for e in table["emotion"]],
+            "size": 9,
+            "symbol": [EMOTION_MARKERS.get(e, "circle") for e in table["emotion"]],
+        },
+        name="score with 95 % interval",
+    )
+    if curve.n_permutations:
+        figure.add_scatter(
+            x=table["null_mean"],
+            y=table["emotion"],
+            mode="markers",
+            marker={"symbol": "line-ns-open", "color": "#666666", "size": 10},
+            name="shuffled labels (mean)",
+        )
+    _layout(figure, text, curve.unit, "")
+    figure.update_layout(height=620, margin={"l": 110, "t": 80, "r": 30, "b": 110})
+    return figure

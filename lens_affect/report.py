@@ -1,0 +1,167 @@
+"""A sweep in, one offline HTML page out: no address is loaded from anywhere, and every text is escaped."""
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+
+from lens_affect.localization import LocalizationCurve
+from lens_affect.plotting import (
+    plot_curves,
+    plot_emotions,
+    plot_reliability,
+    plot_similarity,
+    plot_valence_arousal,
+)
+from lens_affect.results import write_text_atomically
+from lens_affect.scores import SCORES
+from lens_affect.sweeps import Sweep
+
+_PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+    """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2rem auto; padding: 0 1rem; color: #222; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-top: 1px solid #ddd; padding-top: 1rem; }
+p.finding { background: #f3f6f9; border-left: 4px solid #0072B2; padding: .6rem 1rem; }
+table { border-collapse: collapse; font-size: .85rem; } td, th { padding: .2rem .6rem; border-bottom: 1px solid #eee; text-align: right; }
+td:first-child, th:first-child { text-align: left; } .note { color: #555; font-size: .9rem; } figure { margin: 1rem 0; overflow-x: auto; }
+blockquote { border-left: 3px solid #ddd; margin: .5rem 0; padding: 0 1rem; font-size: .9rem; }
+</style>
+<script>{{ plotly_js | safe }}</script>
+</head>
+<body>
+<h1>{{ title }}</h1>
+{% for sentence in headlines %}<p class="finding">{{ sentence }}</p>
+{% endfor %}
+<p class="note">A score above its null says that the labels can be read from a layer, not that the model uses them. Intervals are 95 % over
+topics (held out one at a time); shaded grey is where 95 % of label shufflings fall, and the dotted line is the 5 % threshold after correction over all layers.</p>
+{% for section in sections %}
+<h2>{{ section.title }}</h2>
+{% for text in section.texts %}<p>{{ text }}</p>
+{% endfor %}
+{% for figure in section.figures %}<figure>{{ figure | safe }}</figure>
+{% endfor %}
+{% for quote in section.quotes %}<blockquote><strong>{{ quote[0] }}</strong>: {{ quote[1] }}</blockquote>
+{% endfor %}
+{% for table in section.tables %}{{ table | safe }}
+{% endfor %}
+{% endfor %}
+</body>
+</html>
+"""
+)
+
+
+def write_report(sweep: Sweep, path: str | Path | None = None) -> Path:
+    """Write a sweep's report.
+
+    Args:
+        sweep: a finished sweep.
+        path: of the page; `report.html` in the sweep's folder by default.
+
+    Returns:
+        The path.
+    """
+    from plotly.offline import get_plotlyjs
+
+    first = next(iter(sweep.curves.values()))
+    sections = [_curves(sweep, score) for score in sweep.spec.scores]
+    sections += [_emotions(sweep), _geometry(sweep), _reliability(sweep), _texts(sweep), _provenance(first)]
+    page = _PAGE.render(
+        title=f"Where emotion can be read in {first.provenance.title}",
+        headlines=[sweep.headline(method) for method in sweep.spec.methods],
+        sections=[s for s in sections if s],
+        plotly_js=get_plotlyjs(),
+    )
+    return write_text_atomically(path or sweep.folder / "report.html", page)
+
+
+def _html(figure: Any) -> str:
+    return figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
+
+
+def _curves(sweep: Sweep, score: str) -> dict[str, Any]:
+    curves = [sweep.curves[method, score] for method in sweep.spec.methods]
+    bar = sweep.bars[sweep.spec.methods[0]].accuracy if SCORES[score].kind == "accuracy" else None
+    texts = [f"{SCORES[score].description} {SCORES[score].better.capitalize()} is better."]
+    texts += [str(curve).replace("\n", ". ") for curve in curves]
+    return {
+        "title": f"{score} by layer",
+        "texts": texts,
+        "figures": [_html(plot_curves(curves, bar=bar))],
+        "tables": [_table(curves)],
+    }
+
+
+def _table(curves: list[LocalizationCurve]) -> str:
+    frames = [c.to_frame().assign(method=c.method) for c in curves]
+    table = pd.concat(frames)[
+        ["method", "row", "depth", "score", "low", "high", "null_mean", "threshold", "p", "p_family", "n"]
+    ]
+    return (
+        f"<details><summary>All numbers</summary>{table.round(4).to_html(index=False, border=0, escape=True)}</details>"
+    )
+
+
+def _emotions(sweep: Sweep) -> dict[str, Any]:
+    curves = [c for c in sweep.curves.values() if c.score in ("nearest_mean", "dprime") and not c.per_emotion.empty]
+    return {"title": "Which emotions", "figures": [_html(plot_emotions(c)) for c in curves]} if curves else {}
+
+
+def _layer(sweep: Sweep, method: str) -> int:
+    score = "nearest_mean" if "nearest_mean" in sweep.spec.scores else sweep.spec.scores[0]
+    return sweep.curves[method, score].best_layer
+
+
+def _geometry(sweep: Sweep) -> dict[str, Any]:
+    figures = []
+    for method in sweep.spec.methods:
+        layer = _layer(sweep, method)
+        figures += [
+            _html(plot_valence_arousal(sweep.vectors[method], layer)),
+            _html(plot_similarity(sweep.vectors[method], layer)),
+        ]
+    return {"title": "Geometry of the emotion vectors", "figures": figures}
+
+
+def _reliability(sweep: Sweep) -> dict[str, Any]:
+    return {
+        "title": "How reliable the vectors are",
+        "texts": [
+            "Each vector is fitted on two random halves of the topics; the cosine between the two, stepped up to full length, is its reliability."
+        ],
+        "figures": [_html(plot_reliability(list(sweep.vectors.values())))],
+    }
+
+
+def _texts(sweep: Sweep) -> dict[str, Any]:
+    texts = [f"{method}: {stimuli}. {sweep.bars[method]}." for method, stimuli in sweep.stimuli.items()]
+    quotes: list[tuple[str, str]] = []
+    if sweep.stories is not None:
+        texts.append(str(sweep.stories).replace("\n", ". "))
+        found = sweep.stories.stimuli
+        quotes = [
+            (f"{found.emotions[i]}, {found.groups[i]}", found.texts[i])
+            for i in range(0, len(found), max(len(found) // 4, 1))
+        ][:4]
+    return {"title": "What was read", "texts": texts, "quotes": quotes}
+
+
+def _provenance(curve: LocalizationCurve) -> dict[str, Any]:
+    facts = curve.provenance
+    rows = {
+        name: getattr(facts, name)
+        for name in facts.__dataclass_fields__
+        if name not in ("versions", "checks", "elapsed_seconds")
+    }
+    rows |= {f"version of {k}": v for k, v in facts.versions.items()} | {
+        f"check: {k}": v for k, v in facts.checks.items()
+    }
+    table = pd.DataFrame({"": list(rows), "value": [str(v) for v in rows.values()]})
+    return {"title": "Provenance", "tables": [table.to_html(index=False, border=0, escape=True)]}

