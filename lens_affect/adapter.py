@@ -110,7 +110,6 @@ def _foreign_provenance(model: Any) -> Provenance:
         source=f"in memory ({type(model).__name__})",
         weights_sha256=parameter_fingerprint(model),
         dtype=dtype_name(parameter.dtype),
-        # A HookedTransformer folds its norms unless it was loaded with from_pretrained_no_processing.
         numerics="compatibility" if _is_processed(model) else "hf",
         chat_template_hash=chat_template_hash(model.tokenizer),
         device=parameter.device.type,
@@ -121,8 +120,12 @@ def _foreign_provenance(model: Any) -> Provenance:
 
 
 def _is_processed(model: Any) -> bool:
-    folded = str(getattr(model.cfg, "normalization_type", "") or "").endswith("Pre")
-    return bool(getattr(model, "compatibility_mode", folded))
+    if is_bridge(model):
+        return bool(getattr(model, "compatibility_mode", False))
+    # HookedTransformer.from_pretrained folds norms and centres what is written to the residual stream, unless told not to.
+    folded = str(getattr(model.cfg, "normalization_type", None)).endswith("Pre")
+    embedding = model.W_E.detach().float()
+    return folded or bool(embedding.mean(-1).abs().max() < 1e-3 * embedding.abs().mean())
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -298,6 +301,8 @@ def final_norm_scale(model: Any) -> Float[Tensor, " d_model"]:
     """
     width = int(model.cfg.d_model)
     parameter = next(model.parameters())
+    if not hasattr(model, "ln_final"):  # a HookedTransformer with normalization_type=None
+        return torch.ones(width, device=parameter.device)
     signs = torch.ones(width, dtype=parameter.dtype, device=parameter.device)
     signs[1::2] = -1
     positive, negative = (model.ln_final(x.view(1, 1, -1)).view(-1).float() for x in (signs, -signs))

@@ -170,7 +170,7 @@ def _check(
 
 def stop_tokens(model: LensModel) -> tuple[int, ...]:
     """End-of-text and end-of-turn ids: the tokenizer's, the generation config's, and the usual turn markers it knows."""
-    found: set[int] = set()
+    found: set[Any] = set()
     config = getattr(getattr(model, "original_model", None), "generation_config", None)
     for value in (model.tokenizer.eos_token_id, getattr(config, "eos_token_id", None)):
         found |= set(value if isinstance(value, list | tuple) else [value])

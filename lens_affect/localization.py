@@ -3,9 +3,10 @@
 A score above its null says that the labels can be read from this layer; it does not say that the model uses them.
 """
 
+import contextlib
 import html
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -241,13 +242,11 @@ def localize(
     observed: list[LayerScores] = []
     permuted, permuted_emotions = [], []
     for i, (_, _, x) in enumerate(rows):
-        result = SCORE_LAYER[score](x, labellings[:1], design)
+        with _one_thread():
+            result = SCORE_LAYER[score](x, labellings[:1], design)
+            batches = labellings[1:].split(PERMUTATIONS_AT_ONCE) if n_permutations else ()
+            parts = [SCORE_LAYER[score](x, batch, design) for batch in batches]
         observed.append(result)
-        parts = (
-            [SCORE_LAYER[score](x, part, design) for part in labellings[1:].split(PERMUTATIONS_AT_ONCE)]
-            if n_permutations
-            else []
-        )
         permuted.append(torch.cat([p.score for p in parts]) if parts else torch.empty(0))
         permuted_emotions.append(
             torch.cat([p.per_emotion for p in parts if p.per_emotion is not None])
@@ -285,6 +284,17 @@ def localize(
         method=stimuli.name,
         provenance=activations.provenance.updated(seed=seed, elapsed_seconds=clock.seconds),
     )
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Thousands of small products: a second thread waits more than it works, and stalls where the other core is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _check(activations: Activations, score: str) -> None:

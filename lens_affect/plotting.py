@@ -6,6 +6,7 @@ Colours are Okabe and Ito's, safe for colour-blind readers; each emotion has one
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
@@ -259,7 +260,8 @@ def plot_emotions(curve: LocalizationCurve, *, title: str | None = None) -> go.F
     """
     if curve.per_emotion.empty:
         raise ValueError(f"score {curve.score!r} has no values per emotion; use 'nearest_mean', 'logistic' or 'dprime'")
-    table = curve.per_emotion[curve.per_emotion["row"] == str(curve.best_layer)].sort_values("score")
+    frame = curve.per_emotion
+    table = pd.DataFrame(frame[frame["row"] == str(curve.best_layer)]).sort_values(by="score")
     text = title or (
         f"{curve.provenance.title}, layer {curve.best_layer}, {curve.method}<br>told apart best: {table['emotion'].iloc[-1]} "
         f"({table['score'].iloc[-1]:.2f}); worst: {table['emotion'].iloc[0]} ({table['score'].iloc[0]:.2f})"

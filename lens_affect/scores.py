@@ -132,27 +132,44 @@ def _one_hot(labels: Labelling, n_classes: int) -> Float[Tensor, "labelling item
     return hot * (labels >= 0)[..., None]
 
 
-def _held_out(
-    kernel: Float[Tensor, "item item"], hot: Float[Tensor, "labelling item label"], test: Int[Tensor, " held"]
-) -> tuple[Float[Tensor, "labelling held label"], Float[Tensor, "labelling label label"]]:
-    """Projections of held-out texts on (class mean - grand mean) of the others, from the grand mean, and those directions' inner products."""
-    train = hot.clone()
-    train[:, test] = 0
-    means = train / train.sum(1, keepdim=True).clamp(min=1)
-    directions = means - means.mean(-1, keepdim=True)  # weights of the training texts
-    images = kernel @ directions
-    inner = directions.transpose(1, 2) @ images
-    origin = means.mean(-1, keepdim=True).transpose(1, 2) @ images
-    return images[:, test] - origin, inner
+class _Folds:
+    """Class means of every training set, as inner products only.
+
+    With one-hot labels Y, the sums over a training set are those over all texts minus those over the held-out ones, so K Y is
+    needed once per labelling and each fold costs only products as small as itself.
+    """
+
+    def __init__(self, x: Float[Tensor, "item d"], labellings: Labelling, design: Design) -> None:
+        self.kernel, self.hot = gram(x), _one_hot(labellings, design.n_classes)
+        self.images = self.kernel @ self.hot
+        self.products = self.hot.transpose(1, 2) @ self.images
+        self.sizes = self.hot.sum(1)
+        self.tests = [torch.from_numpy(np.flatnonzero(design.folds == fold)) for fold in range(design.n_folds)]
+
+    def held_out(
+        self, test: Int[Tensor, " held"]
+    ) -> tuple[Float[Tensor, "labelling held label"], Float[Tensor, "labelling label label"]]:
+        """Held-out texts projected on (class mean - grand mean), from the grand mean; inner products of those directions."""
+        hot, images = self.hot[:, test], self.images[:, test]
+        own = self.kernel[test][:, test] @ hot
+        crossed = images.transpose(1, 2) @ hot
+        products = self.products - crossed - crossed.transpose(1, 2) + hot.transpose(1, 2) @ own
+        sizes = (self.sizes - hot.sum(1)).clamp(min=1)
+        means = products / sizes[:, :, None] / sizes[:, None, :]
+        on_means = (images - own) / sizes[:, None, :]
+        with_origin = means.mean(1, keepdim=True)  # class means times grand mean
+        origin = with_origin.mean(2, keepdim=True)
+        projections = on_means - on_means.mean(2, keepdim=True) - with_origin + origin
+        inner = means - with_origin - with_origin.transpose(1, 2) + origin
+        return projections, inner
 
 
 def score_nearest_mean(x: Float[Tensor, "item d"], labellings: Labelling, design: Design) -> LayerScores:
     """Held-out accuracy of the nearest class mean by cosine, averaged over groups."""
-    kernel, hot = gram(x), _one_hot(labellings, design.n_classes)
+    folds = _Folds(x, labellings, design)
     correct = torch.full(labellings.shape, torch.nan, dtype=torch.double)
-    for fold in range(design.n_folds):
-        test = torch.from_numpy(np.flatnonzero(design.folds == fold))
-        projections, inner = _held_out(kernel, hot, test)
+    for test in folds.tests:
+        projections, inner = folds.held_out(test)
         norms = inner.diagonal(dim1=1, dim2=2).clamp(min=1e-30).sqrt()
         chosen = (projections / norms[:, None, :]).argmax(-1)
         correct[:, test] = (chosen == labellings[:, test]).double()
@@ -198,17 +215,16 @@ def score_logistic(x: Float[Tensor, "item d"], labellings: Labelling, design: De
 
 def score_dprime(x: Float[Tensor, "item d"], labellings: Labelling, design: Design) -> LayerScores:
     """Held-out d' per emotion, and its mean over emotions."""
-    kernel, hot = gram(x), _one_hot(labellings, design.n_classes)
+    folds = _Folds(x, labellings, design)
     shape = (len(labellings), design.n_classes, design.n_folds)
     gap, variance = (
         torch.full(shape, torch.nan, dtype=torch.double),
         torch.full(shape, torch.nan, dtype=torch.double),
     )
-    for fold in range(design.n_folds):
-        test = torch.from_numpy(np.flatnonzero(design.folds == fold))
-        projections, inner = _held_out(kernel, hot, test)
+    for fold, test in enumerate(folds.tests):
+        projections, inner = folds.held_out(test)
         along = projections / inner.diagonal(dim1=1, dim2=2).clamp(min=1e-30).sqrt()[:, None, :]
-        own = hot[:, test]  # which texts are of the class whose direction this is
+        own = folds.hot[:, test]  # which texts are of the class whose direction this is
         n_own, n_other = own.sum(1), (1 - own).sum(1)
         mean_own = (along * own).sum(1) / n_own
         mean_other = (along * (1 - own)).sum(1) / n_other
@@ -222,15 +238,14 @@ def score_dprime(x: Float[Tensor, "item d"], labellings: Labelling, design: Desi
 
 def score_valence(x: Float[Tensor, "item d"], labellings: Labelling, design: Design) -> LayerScores:
     """Held-out AUC of pleasant against unpleasant texts within each fold."""
-    kernel, hot = gram(x), _one_hot(labellings, design.n_classes)
+    folds = _Folds(x, labellings, design)
     sign = torch.tensor([0.0 if p is None else (1.0 if p else -1.0) for p in design.positive], dtype=torch.double)
     weights = torch.where(sign > 0, sign / (sign > 0).sum(), torch.where(sign < 0, sign / (sign < 0).sum(), 0.0))
     areas = torch.full((len(labellings), design.n_folds), torch.nan, dtype=torch.double)
-    for fold in range(design.n_folds):
-        test = torch.from_numpy(np.flatnonzero(design.folds == fold))
-        projections, _ = _held_out(kernel, hot, test)
+    for fold, test in enumerate(folds.tests):
+        projections, _ = folds.held_out(test)
         along = projections @ weights
-        side = hot[:, test] @ sign
+        side = folds.hot[:, test] @ sign
         above = along[:, :, None] - along[:, None, :]
         wins = (above > 0).double() + 0.5 * (above == 0).double()
         pairs = ((side > 0)[:, :, None] & (side < 0)[:, None, :]).double()
@@ -239,24 +254,24 @@ def score_valence(x: Float[Tensor, "item d"], labellings: Labelling, design: Des
 
 
 def _mean_cosine(x: Float[Tensor, "item d"], labellings: Labelling, design: Design, *, centred: bool) -> LayerScores:
-    kernel = gram(x)
-    neutral = torch.from_numpy(design.labels < 0)
-    clusters = torch.from_numpy(design.clusters)
-    hot = _one_hot(labellings, design.n_classes)
-    everything = torch.ones(len(x), dtype=torch.double)
-    keeps = [everything, *((clusters != c).double() for c in range(design.n_clusters))]
+    kernel, clusters = gram(x), torch.from_numpy(design.clusters)
+    neutral = torch.from_numpy(design.labels < 0).double()[None, :, None].expand(len(labellings), -1, 1)
+    hot = torch.cat([_one_hot(labellings, design.n_classes), neutral], -1)
+    images = kernel @ hot
     values = []
-    for keep in keeps:
-        classes = hot * keep[None, :, None]
-        baseline = (neutral.double() * keep)[None, :, None].expand(len(labellings), -1, 1)
+    for left_out in [torch.zeros(len(x), dtype=torch.bool), *(clusters == c for c in range(design.n_clusters))]:
+        test = left_out.nonzero()[:, 0]
+        crossed = images[:, test].transpose(1, 2) @ hot[:, test]
+        own = hot[:, test].transpose(1, 2) @ (kernel[test][:, test] @ hot[:, test])
+        products = hot.transpose(1, 2) @ images - crossed - crossed.transpose(1, 2) + own
+        sizes = (hot.sum(1) - hot[:, test].sum(1)).clamp(min=1)
+        means = products / sizes[:, :, None] / sizes[:, None, :]
         if centred:
-            whole = torch.cat([classes, baseline], -1) if neutral.any() else classes
-            means = whole / whole.sum(1, keepdim=True).clamp(min=1)
-            directions = means - means.mean(-1, keepdim=True)
+            means = means if neutral.any() else means[:, :-1, :-1]
+            inner = means - means.mean(1, keepdim=True) - means.mean(2, keepdim=True) + means.mean((1, 2), keepdim=True)
         else:
-            means = classes / classes.sum(1, keepdim=True).clamp(min=1)
-            directions = means - baseline / baseline.sum(1, keepdim=True).clamp(min=1)
-        inner = directions.transpose(1, 2) @ (kernel @ directions)
+            baseline = means[:, :-1, -1:]
+            inner = means[:, :-1, :-1] - baseline - baseline.transpose(1, 2) + means[:, -1:, -1:]
         norms = inner.diagonal(dim1=1, dim2=2).clamp(min=1e-30).sqrt()
         cosines = inner / norms[:, :, None] / norms[:, None, :]
         n = cosines.shape[-1]

@@ -87,7 +87,7 @@ def resolve_site(model: LensModel, site: str) -> Site:
     _refuse_missing_module(model, site)
     name = site
     if not is_bridge(model) and site in _WITHOUT_BRIDGE:
-        if getattr(model.cfg, "use_normalization_before_and_after", False):
+        if _has_post_norms(model.cfg):
             raise ValueError(
                 f"received site {site!r} for a HookedTransformer with post-norms, which has no hook before them; allowed is "
                 f"{_WITHOUT_BRIDGE[site]!r}, or load the model as a TransformerBridge"
@@ -102,6 +102,12 @@ def resolve_site(model: LensModel, site: str) -> Site:
     return found
 
 
+def _has_post_norms(cfg: Any) -> bool:
+    """Whether a HookedTransformer normalizes what a block adds: with norms of their own (Gemma 2 and 3), or with ln1 and ln2 (OLMo 2 and 3)."""
+    moved = str(getattr(cfg, "original_architecture", None)).startswith(("Olmo2For", "Olmo3For"))
+    return moved or bool(getattr(cfg, "use_normalization_before_and_after", False))
+
+
 def _refuse_missing_module(model: LensModel, site: str) -> None:
     cfg: Any = model.cfg
     name = (
@@ -114,6 +120,8 @@ def _refuse_missing_module(model: LensModel, site: str) -> None:
             f"{name} is a mixture of experts: its mlp.gate is the router and its mlp hooks see d_model-wide inputs, so there is no "
             f"single {site!r}; allowed are the attention and residual sites, or mlp_out"
         )
+    if site in ("mlp_out", "gate", "up", "act", "down") and getattr(cfg, "attn_only", False):
+        raise ValueError(f"{name} has no MLP, so there is no {site!r}; allowed are the attention and residual sites")
     if site in ("gate", "up") and not getattr(cfg, "gated_mlp", False):
         raise ValueError(
             f"{name} has no gated MLP: its hook_pre is the first MLP matrix, not a gate; allowed are 'act', 'down' and the other sites"
@@ -123,6 +131,8 @@ def _refuse_missing_module(model: LensModel, site: str) -> None:
 def site_width(cfg: Any, site: str) -> int:
     """Width per position that the config promises, heads flattened: q is n_heads x d_head, k and v n_kv_heads x d_head."""
     kv_heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
+    if getattr(cfg, "ungroup_grouped_query_attention", False):  # HookedTransformer then repeats k and v for every head
+        kv_heads = cfg.n_heads
     if site in ("q", "z"):
         return cfg.n_heads * cfg.d_head
     if site in ("k", "v"):

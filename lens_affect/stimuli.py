@@ -368,7 +368,8 @@ def _read_table(path: Path) -> pd.DataFrame:
         case ".parquet":
             return pd.read_parquet(path)
         case ".jsonl" | ".ndjson":
-            return pd.read_json(path, lines=True, dtype=False, convert_dates=False)
+            lines = path.read_text(encoding="utf-8").splitlines()
+            return pd.DataFrame([json.loads(line) for line in lines if line.strip()])
         case other:
             raise ValueError(f"received a file of type {other!r}; allowed are .csv, .tsv, .parquet and .jsonl")
 

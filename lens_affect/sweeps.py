@@ -148,13 +148,11 @@ class Sweep:
 
     def to_frame(self) -> pd.DataFrame:
         """All curves in long form with columns method and score in front."""
-        return pd.concat(
-            [
-                c.to_frame().rename(columns={"score": "value"}).assign(method=m, score=s)
-                for (m, s), c in self.curves.items()
-            ],
-            ignore_index=True,
-        )[
+        parts = []
+        for (method, score), curve in self.curves.items():
+            parts.append(curve.to_frame().rename(columns={"score": "value"}).assign(method=method, score=score))
+        return pd.concat(parts, ignore_index=True).loc[
+            :,
             [
                 "method",
                 "score",
@@ -170,7 +168,7 @@ class Sweep:
                 "p",
                 "p_family",
                 "n",
-            ]
+            ],
         ]
 
 
@@ -216,8 +214,8 @@ def run_sweep(
     stories: Stories | None = None
     for method in spec.methods:
         if method == "generation":
-            stories = run.step("stories", Stories, run.write_stories)
-            texts = stories.stimuli
+            written: Stories = run.step("stories", Stories, run.write_stories)
+            stories, texts = written, written.stimuli
         else:
             texts = _load_selected(spec)
         stimuli[method] = texts

@@ -167,8 +167,10 @@ class EmotionVectors:
         table["valence"] = [e.valence if e else "unknown" for e in known]
         table["arousal"] = [e.arousal if e else "unknown" for e in known]
         for component, column, plus in (("pc1", "valence", "positive"), ("pc2", "arousal", "high")):
-            if not table[component][table[column] == plus].mean() >= table[component][table[column] != plus].mean():
-                table[component] = -table[component]
+            is_plus = (table[column] == plus).to_numpy()
+            along = table[component].to_numpy()
+            if is_plus.any() and not is_plus.all() and along[is_plus].mean() < along[~is_plus].mean():
+                table[component] = -along
         table.attrs["explained"] = tuple((singular[:2] ** 2 / (singular**2).sum()).tolist())
         return table
 

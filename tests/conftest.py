@@ -16,6 +16,9 @@ from lens_affect.models import load_model
 from lens_affect.stimuli import load_stimuli
 from tests.tiny import make_hf_model, make_tokenizer
 
+# Tiny models are faster on one thread, and many times faster when the other core is busy; real weights ask for all cores.
+torch.set_num_threads(1)
+
 TIME_BUDGETS = {"test_real_weights.py": 240, "test_end_to_end.py": 120, "test_analyses.py": 90}
 """Seconds a test module may take; 60 where none is named."""
 _spent: dict[str, float] = collections.defaultdict(float)
@@ -70,6 +73,7 @@ def real_model():
     loaded = {}
 
     def make(name: str):
+        torch.set_num_threads(os.cpu_count() or 1)
         if name not in loaded:
             start = time.monotonic()
             try:
@@ -80,7 +84,8 @@ def real_model():
             loaded[name] = load_model(name, dtype=torch.float32)
         return loaded[name]
 
-    return make
+    yield make
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

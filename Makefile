@@ -1,0 +1,65 @@
+# make demo: the main job on real weights.  make test: every test.  make check: lint, types, import contracts.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: demo test check test-legacy notebooks figures benchmarks format clean
+
+.venv/made: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q torch==2.13.0
+	touch $@
+
+.venv/installed: .venv/made pyproject.toml
+	$(BIN)/pip install -q -c constraints.txt -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+.venv/installed-figures: .venv/installed-dev
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev,notebooks,figures]"
+	touch $@
+
+demo: .venv/installed
+	HF_HUB_OFFLINE=1 $(BIN)/lens-affect sweep smollm2-135m-instruct --quick --resume --out runs/demo
+
+test: .venv/installed-dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: .venv/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+# HookedTransformer objects of TransformerLens 3.9 in an environment of their own.
+.venv-legacy/installed: constraints.txt
+	$(PYTHON) -m venv .venv-legacy
+	.venv-legacy/bin/pip install -q torch==2.13.0
+	grep -v -i transformer-lens constraints.txt > .venv-legacy/constraints.txt
+	.venv-legacy/bin/pip install -q -c .venv-legacy/constraints.txt transformer-lens==3.9.0 -e . pytest
+	touch $@
+
+test-legacy: .venv-legacy/installed
+	HF_HUB_OFFLINE=1 .venv-legacy/bin/python -m pytest -c tests/legacy/pytest.ini --rootdir . tests/legacy
+
+# Static images need a Chromium: `apt-get install chromium`, or set BROWSER_PATH.
+notebooks: .venv/installed-figures
+	HF_HUB_OFFLINE=1 $(BIN)/jupytext --to notebook --execute analyses/01_layer_sweep.py
+
+figures: .venv/installed-figures
+	HF_HUB_OFFLINE=1 $(BIN)/python analyses/02_curves_of_both_models.py
+
+benchmarks: .venv/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python analyses/benchmarks/extraction.py
+	HF_HUB_OFFLINE=1 $(BIN)/python analyses/benchmarks/memory.py
+	HF_HUB_OFFLINE=1 $(BIN)/python analyses/benchmarks/generation.py
+
+format: .venv/installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv .venv-legacy build dist
