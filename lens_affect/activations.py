@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -94,7 +94,7 @@ class Activations:
             )
         return next(iter(self.arrays.values()))
 
-    def at(self, site: str) -> Self:
+    def at(self, site: str) -> "Activations":
         """The activations of one site."""
         if site not in self.arrays:
             raise ValueError(
@@ -115,7 +115,7 @@ class Activations:
         emotions: Sequence[str] | None = None,
         groups: Sequence[str] | None = None,
         rows: Sequence[int] | None = None,
-    ) -> Self:
+    ) -> "Activations":
         """The rows with these emotions, of these groups, at these row numbers (as Stimuli.select)."""
         chosen = range(len(self.stimuli)) if rows is None else rows
         keep = [
@@ -140,7 +140,7 @@ class Activations:
         return save_result(self, folder, overwrite=overwrite)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Self:
+    def load(cls, folder: str | os.PathLike[str]) -> "Activations":
         """Load what `save` wrote; arrays are memory-mapped."""
         return load_result(cls, folder)
 

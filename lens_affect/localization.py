@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -154,7 +153,7 @@ class LocalizationCurve:
         return save_result(self, folder, overwrite=overwrite)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Self:
+    def load(cls, folder: str | os.PathLike[str]) -> "LocalizationCurve":
         """Load what `save` wrote."""
         return load_result(cls, folder)
 

@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lens_affect.localization import EMBEDDING, LocalizationCurve
+from lens_affect.statistics import derive_generator, p_text
 from lens_affect.stimuli import EMOTIONS
 from lens_affect.vectors import EmotionVectors
 
@@ -31,6 +32,8 @@ EMOTION_MARKERS = {
     name: _MARKERS[i % len(_MARKERS)] + ("-open" if i >= len(_MARKERS) else "") for name, i in _IN_QUADRANT.items()
 }
 """Marker of an emotion: tells it from the others of its quadrant."""
+VALENCE_PERMUTATIONS = 999
+"""Permutations behind the p-value of a valence axis."""
 _WIDTH, _HEIGHT = 900, 480
 
 
@@ -148,7 +151,13 @@ def _layout(figure: go.Figure, title: str, x: str, y: str) -> None:
 
 
 def plot_similarity(vectors: EmotionVectors, layer: int, *, title: str | None = None) -> go.Figure:
-    """Heatmap of cosines between emotion vectors at one layer, emotions ordered by quadrant."""
+    """Heatmap of cosines between emotion vectors at one layer, emotions ordered by quadrant.
+
+    Args:
+        vectors: fitted emotion vectors.
+        layer: 0-based block.
+        title: a finding; a default states one.
+    """
     order = sorted(
         vectors.emotions,
         key=lambda e: (list(QUADRANT_COLOURS).index(EMOTIONS[e].quadrant) if e in EMOTIONS else 9, e),
@@ -180,16 +189,19 @@ def plot_similarity(vectors: EmotionVectors, layer: int, *, title: str | None = 
 
 
 def plot_valence_arousal(vectors: EmotionVectors, layer: int, *, title: str | None = None) -> go.Figure:
-    """Emotions on the first two principal components of their vectors, coloured by quadrant."""
+    """Emotions on the first two principal components of their vectors, coloured by quadrant.
+
+    Args:
+        vectors: fitted emotion vectors.
+        layer: 0-based block.
+        title: a finding; a default states one.
+    """
     table = vectors.principal_axes(layer)
     shares = table.attrs["explained"]
-    sides = table[table["valence"] != "unknown"]
-    correlation = (
-        float(np.corrcoef(sides["pc1"], sides["valence"] == "positive")[0, 1]) if len(sides) > 2 else float("nan")
-    )
+    correlation, p, n = valence_correlation(table)
     text = title or (
-        f"{vectors.provenance.title}, layer {layer}, {vectors.source}<br>first component and valence: r = {correlation:.2f} "
-        f"({len(sides)} emotions); it holds {shares[0]:.0%} of the variance between emotions"
+        f"{vectors.provenance.title}, layer {layer}, {vectors.source}<br>first component and valence: |r| = {correlation:.2f} "
+        f"({n} emotions; {p_text(p, VALENCE_PERMUTATIONS)}); it holds {shares[0]:.0%} of the variance between emotions"
     )
     figure = go.Figure()
     for quadrant, colour in QUADRANT_COLOURS.items():
@@ -224,6 +236,24 @@ def plot_valence_arousal(vectors: EmotionVectors, layer: int, *, title: str | No
     )
     figure.update_layout(height=600)
     return figure
+
+
+def valence_correlation(table: pd.DataFrame, *, seed: int = 0) -> tuple[float, float, int]:
+    """Absolute correlation of the first component with valence (pleasant or not), its permutation p over emotions, and their number.
+
+    Args:
+        table: what `EmotionVectors.principal_axes` returns; emotions of unknown valence are left out.
+        seed: of the permutations. The sign of a component is arbitrary, so the test is on the absolute value.
+    """
+    known = pd.DataFrame(table[table["valence"] != "unknown"])
+    x, y = known["pc1"].to_numpy(float), (known["valence"] == "positive").to_numpy(float)
+    if len(known) < 3 or y.std() == 0:
+        return float("nan"), float("nan"), len(known)
+    rng = derive_generator(seed, "valence axis")
+    observed = abs(np.corrcoef(x, y)[0, 1])
+    shuffled = [abs(np.corrcoef(x, rng.permutation(y))[0, 1]) for _ in range(VALENCE_PERMUTATIONS)]
+    hits = sum(value >= observed - 1e-12 for value in shuffled)
+    return float(observed), (1 + hits) / (1 + VALENCE_PERMUTATIONS), len(known)
 
 
 def plot_reliability(vectors: Sequence[EmotionVectors]) -> go.Figure:

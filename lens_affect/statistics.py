@@ -49,11 +49,11 @@ def mean_interval(per_cluster: Float[np.ndarray, "cluster *rows"], *, confidence
     tests/test_statistics.py). NaN where fewer than two clusters have a value.
     """
     n = per_cluster.shape[0]
-    mean = per_cluster.mean(axis=0)
+    mean = np.asarray(per_cluster.mean(axis=0))  # a 0-d array, not a scalar, for one row
     if n < 2:
         return Interval(mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan))
     half = stats.t.ppf(0.5 + confidence / 2, n - 1) * per_cluster.std(axis=0, ddof=1) / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half)
+    return Interval(mean, np.asarray(mean - half), np.asarray(mean + half))
 
 
 def jackknife_interval(
@@ -66,7 +66,7 @@ def jackknife_interval(
     n = leave_one_out.shape[0]
     spread = np.sqrt((n - 1) / n * ((leave_one_out - leave_one_out.mean(axis=0)) ** 2).sum(axis=0))
     half = stats.t.ppf(0.5 + confidence / 2, n - 1) * spread
-    return Interval(estimate, estimate - half, estimate + half)
+    return Interval(estimate, np.asarray(estimate - half), np.asarray(estimate + half))
 
 
 def resample_clusters(

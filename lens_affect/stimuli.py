@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import pandas as pd
 
@@ -182,7 +182,7 @@ class Stimuli:
         emotions: Sequence[str] | None = None,
         groups: Sequence[str] | None = None,
         rows: Sequence[int] | None = None,
-    ) -> Self:
+    ) -> "Stimuli":
         """The texts with these emotions, of these groups, at these row numbers (all given conditions hold).
 
         Raises:
@@ -215,7 +215,7 @@ class Stimuli:
             name=self.name,
         )
 
-    def split(self, fraction: float = 0.5, *, seed: int = 0) -> tuple[Self, Self]:
+    def split(self, fraction: float = 0.5, *, seed: int = 0) -> "tuple[Stimuli, Stimuli]":
         """Two sets with no group in common; the first holds about `fraction` of the groups (at least one each).
 
         Raises:
@@ -267,7 +267,7 @@ class Stimuli:
         return save_result(self, folder, overwrite=overwrite)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Self:
+    def load(cls, folder: str | os.PathLike[str]) -> "Stimuli":
         """Load what `save` wrote."""
         return load_result(cls, folder)
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -151,7 +151,7 @@ class EmotionVectors:
         return noise / noise.norm(dim=-1, keepdim=True) * self.raw_norms[..., None]
 
     def principal_axes(self, layer: int) -> pd.DataFrame:
-        """Emotions on the first two principal components of their vectors, signed so that PC1 grows with valence and PC2 with arousal.
+        """Emotions on the first two principal components of their vectors, signed so that PC1 is higher for pleasant and PC2 for activated emotions.
 
         Returns:
             Columns pc1, pc2 (unitless), valence, arousal, quadrant; `.attrs["explained"]` holds the two shares of variance.
@@ -194,7 +194,7 @@ class EmotionVectors:
         return save_result(self, folder, overwrite=overwrite)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Self:
+    def load(cls, folder: str | os.PathLike[str]) -> "EmotionVectors":
         """Load what `save` wrote."""
         return load_result(cls, folder)
 

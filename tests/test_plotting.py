@@ -1,0 +1,137 @@
+"""Figures: what is drawn is what was computed; titles state it; colours tell emotions apart."""
+
+import numpy as np
+import pytest
+import torch
+
+from lens_affect.activations import Activations
+from lens_affect.localization import localize
+from lens_affect.plotting import (
+    EMOTION_COLOURS,
+    EMOTION_MARKERS,
+    QUADRANT_COLOURS,
+    plot_curves,
+    plot_emotions,
+    plot_reliability,
+    plot_similarity,
+    plot_valence_arousal,
+    valence_correlation,
+)
+from lens_affect.results import Provenance
+from lens_affect.stimuli import EMOTIONS
+from lens_affect.vectors import fit_vectors
+
+
+@pytest.fixture(scope="module")
+def planted(passages):
+    """Random activations of the passages, with valence along the first axis from layer 2 on."""
+    generator = torch.Generator().manual_seed(0)
+    n, n_layers, width = len(passages), 4, 16
+    values = torch.randn(n, n_layers, width, generator=generator)
+    sign = torch.tensor(
+        [0.0 if e == "neutral" else 1.0 if EMOTIONS[e].valence == "positive" else -1.0 for e in passages.emotions]
+    )
+    values[:, 2:, 0] += 5 * sign[:, None]
+    provenance = Provenance(model="Planted", source_precision="Q4_1", numerics="hf")
+    return Activations(
+        arrays={"resid_post": values},
+        squares={},
+        counts=torch.ones(n, dtype=torch.long),
+        layers=(0, 1, 2, 3),
+        embedding={"embedding": torch.randn(n, width, generator=generator)},
+        stimuli=passages,
+        n_layers=n_layers,
+        pooling="mean",
+        texts_with_sinks={"resid_post": torch.zeros(n_layers, dtype=torch.long)},
+        provenance=provenance,
+    )
+
+
+@pytest.fixture(scope="module")
+def curve(planted):
+    return localize(planted, n_permutations=20)
+
+
+def test_the_curve_draws_values_interval_null_and_threshold(curve):
+    figure = plot_curves(curve, bar=0.2)
+    by_name = {trace.name: trace for trace in figure.data if trace.name}
+    line = by_name[f"passages (n = {curve.n_texts})"]
+    np.testing.assert_allclose(line.y, curve.values.numpy())
+    np.testing.assert_allclose(line.x, [0, 0.25, 0.5, 0.75, 1])
+    np.testing.assert_allclose(by_name["5 % threshold over all layers"].y, curve.threshold.numpy())
+    shaded = by_name["95 % of shuffled labels"].y
+    np.testing.assert_allclose(shaded, np.concatenate([curve.null_low.numpy(), curve.null_high.numpy()[::-1]]))
+    interval = next(t for t in figure.data if t.name is None)
+    np.testing.assert_allclose(interval.y, np.concatenate([curve.low.numpy(), curve.high.numpy()[::-1]]))
+    assert figure.layout.shapes[0].y0 == 0.2
+
+
+def test_the_title_states_the_finding_and_the_precision_of_the_weights(curve):
+    title = plot_curves(curve).layout.title.text
+    assert "Planted (Q4_1, dequantized)" in title
+    assert f"depth {curve.depth[curve.row(curve.best_layer)]:.2f}" in title
+    assert "95 % interval" in title
+
+
+def test_axes_carry_units(curve):
+    figure = plot_curves(curve)
+    assert figure.layout.xaxis.title.text.startswith("depth: (layer + 1) / layers")
+    assert figure.layout.yaxis.title.text == "held-out accuracy"
+
+
+def test_curves_of_different_scores_are_refused(curve, planted):
+    with pytest.raises(ValueError, match=r"curves of \['dprime', 'nearest_mean'\]"):
+        plot_curves([curve, localize(planted, score="dprime", n_permutations=0)])
+
+
+def test_no_null_is_drawn_where_none_was_computed(planted):
+    figure = plot_curves(localize(planted, n_permutations=0))
+    assert not [t for t in figure.data if t.name and "shuffled" in t.name]
+
+
+def test_every_emotion_has_its_own_look_and_every_quadrant_one_colour():
+    assert len({(EMOTION_COLOURS[e], EMOTION_MARKERS[e]) for e in EMOTIONS}) == len(EMOTIONS)
+    assert {EMOTION_COLOURS[e] for e in EMOTIONS} == set(QUADRANT_COLOURS.values())
+
+
+def test_the_planted_valence_axis_is_found_and_stated(planted):
+    vectors = fit_vectors(planted)
+    r, p, n = valence_correlation(vectors.principal_axes(3))
+    assert r > 0.95
+    assert p == pytest.approx(1 / 1000)
+    assert n == 20
+    assert f"|r| = {r:.2f}" in plot_valence_arousal(vectors, 3).layout.title.text
+    r_before, p_before, _ = valence_correlation(vectors.principal_axes(0))
+    assert r_before < 0.7
+    assert p_before > 0.001
+
+
+def test_similarity_shows_the_cosines_and_names_the_closest_pair(planted):
+    vectors = fit_vectors(planted)
+    figure = plot_similarity(vectors, 1)
+    order = list(figure.data[0].x)
+    np.testing.assert_allclose(figure.data[0].z, vectors.similarity(1).loc[order, order].to_numpy())
+    table = vectors.similarity(1).to_numpy().copy()
+    np.fill_diagonal(table, -2)
+    assert f"({table.max():.2f})" in figure.layout.title.text
+
+
+def test_emotions_are_sorted_and_drawn_with_their_interval(curve):
+    figure = plot_emotions(curve)
+    points = figure.data[0]
+    assert list(points.x) == sorted(points.x)
+    table = curve.per_emotion[curve.per_emotion["row"] == str(curve.best_layer)].set_index("emotion")
+    for emotion, x, up in zip(points.y, points.x, points.error_x.array, strict=True):
+        assert table.loc[emotion, "score"] == x
+        assert table.loc[emotion, "high"] == pytest.approx(x + up)
+
+
+def test_a_score_without_values_per_emotion_says_so(planted):
+    with pytest.raises(ValueError, match="no values per emotion; use 'nearest_mean'"):
+        plot_emotions(localize(planted, score="valence", n_permutations=0))
+
+
+def test_reliability_draws_the_mean_over_emotions(planted):
+    vectors = fit_vectors(planted)
+    line = next(t for t in plot_reliability([vectors]).data if t.mode == "lines+markers")
+    np.testing.assert_allclose(line.y, vectors.reliability.mean(0).numpy(), rtol=1e-6)

@@ -1,0 +1,154 @@
+"""Sweeps on a tiny model: steps, resume after a kill, refusals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from lens_affect.sweeps import SweepSpec, load_sweep, make_spec, quick, run_sweep
+from tests.tiny import make_hf_model, make_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {
+    "emotions": ("happy", "sad", "angry"),
+    "scores": ("nearest_mean", "mean_cosine_neutral"),
+    "n_permutations": 20,
+    "n_stories": 3,
+    "story_tokens": 24,
+    "minimum_story_tokens": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    make_hf_model("llama").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    return run_sweep(make_spec(model=model_folder, **SMALL), out)
+
+
+def test_a_sweep_gives_a_curve_per_method_and_score_and_saves_them(finished):
+    assert set(finished.curves) == {(m, s) for m in ("comprehension", "generation") for s in SMALL["scores"]}
+    table = pd.read_csv(finished.folder / "curves.csv")
+    assert len(table) == 2 * 2 * (3 + 1)
+    pd.testing.assert_frame_equal(table.astype({"row": str}), finished.to_frame(), check_dtype=False)
+    again = load_sweep(finished.folder)
+    pd.testing.assert_frame_equal(again.to_frame(), finished.to_frame())
+    assert again.stories is not None
+    assert again.stories.counts == finished.stories.counts
+
+
+def test_the_headline_carries_interval_null_and_bar(finished):
+    sentence = finished.headline("comprehension")
+    for part in ("3 emotions", "95 % interval", "shuffled labels", "bag-of-words bar", "permutations allow"):
+        assert part in sentence or part == "permutations allow"
+    assert ("do not clear" in sentence) != ("vectors clear" in sentence)
+
+
+def test_finished_steps_are_not_repeated(finished):
+    def refuse(name, dtype):
+        raise AssertionError("the model was loaded again")
+
+    stamps = {p: p.stat().st_mtime_ns for p in (finished.folder / "steps").rglob("manifest.json")}
+    again = run_sweep(finished.spec, finished.folder, resume=True, load=refuse)
+    assert stamps == {p: p.stat().st_mtime_ns for p in (finished.folder / "steps").rglob("manifest.json")}
+    pd.testing.assert_frame_equal(again.to_frame(), finished.to_frame())
+
+
+def test_a_damaged_step_is_done_again(model_folder, tmp_path):
+    spec = make_spec(model=model_folder, methods=("comprehension",), **SMALL)
+    first = run_sweep(spec, tmp_path / "run")
+    before = first.to_frame()
+    arrays = tmp_path / "run" / "steps" / "curve-comprehension-nearest_mean" / "arrays.safetensors"
+    arrays.write_bytes(arrays.read_bytes()[:-4] + b"oops")
+    again = run_sweep(spec, tmp_path / "run", resume=True)
+    pd.testing.assert_frame_equal(again.to_frame(), before)
+
+
+def test_a_killed_run_resumes_to_the_same_tables(model_folder, finished, tmp_path):
+    out = tmp_path / "killed"
+    code = (
+        "import torch; torch.set_num_threads(1)\n"
+        "from lens_affect.sweeps import make_spec, run_sweep\n"
+        f"run_sweep(make_spec(model={model_folder!r}, **{SMALL!r}), {str(out)!r})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (out / "steps" / "vectors-comprehension" / "manifest.json").is_file():
+        assert process.poll() is None or (out / "curves.csv").is_file()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = {p.parent.name: p.stat().st_mtime_ns for p in (out / "steps").glob("*/manifest.json")}
+    resumed = run_sweep(finished.spec, out, resume=True)
+    for name, stamp in done.items():
+        assert (out / "steps" / name / "manifest.json").stat().st_mtime_ns == stamp
+    pd.testing.assert_frame_equal(resumed.to_frame(), finished.to_frame())
+
+
+def test_a_folder_with_another_run_is_refused_and_the_difference_named(finished):
+    other = finished.spec.model_copy(update={"seed": 1})
+    with pytest.raises(ValueError, match=r"holds another run \(seed is 0 there and 1 here\).*--out"):
+        run_sweep(other, finished.folder, resume=True)
+
+
+def test_a_finished_folder_without_resume_is_refused(finished):
+    with pytest.raises(FileExistsError, match="--resume"):
+        run_sweep(finished.spec, finished.folder)
+
+
+def test_a_folder_with_other_files_is_refused(model_folder, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="holds other files"):
+        run_sweep(make_spec(model=model_folder, **SMALL), tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"emotions": ("happy", "awe")}, "no stimulus is labelled 'awe'; labels are"),
+        ({"scores": ("accuracy",)}, "received scores \\['accuracy'\\]; allowed are"),
+        ({"colour": "red"}, "colour.*allowed keys are model, methods"),
+        ({"n_stories": 0}, "n_stories = 0"),
+        ({"stimuli": "no_such.csv"}, "allowed are 'passages' or a .csv"),
+    ],
+)
+def test_wrong_settings_are_refused_before_any_work(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_spec(model="never-loaded", **settings)
+
+
+def test_an_unfinished_folder_cannot_be_loaded(tmp_path, model_folder):
+    with pytest.raises(FileNotFoundError, match="holds no sweep"):
+        load_sweep(tmp_path)
+
+
+def test_the_spec_hash_depends_on_every_field():
+    spec = SweepSpec(model="m")
+    assert spec.hash == SweepSpec(model="m").hash
+    changes = {
+        "model": "n",
+        "methods": ("generation",),
+        "emotions": ("sad",),
+        "stimuli": "x.csv",
+        "scores": ("dprime",),
+    }
+    changes |= {"pooling": "last", "n_stories": 5, "story_tokens": 99, "minimum_story_tokens": 9, "story_rounds": 1}
+    changes |= {"n_permutations": 7, "seed": 3, "dtype": "float32"}
+    assert set(changes) == set(SweepSpec.model_fields)
+    for key, value in changes.items():
+        assert spec.model_copy(update={key: value}).hash != spec.hash
+    assert quick(spec).n_permutations == 200
