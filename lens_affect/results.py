@@ -134,14 +134,20 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 @contextlib.contextmanager
 def full_disk_explained(place: Path) -> Iterator[None]:
     """Turn "no space left on device" into a message that says where, how much is free, and what to do."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        # safetensors reports a failed write as an error of its own kind
+        full = (
+            error.errno in (errno.ENOSPC, errno.EDQUOT) if isinstance(error, OSError) else "os error 28" in str(error)
+        )
+        if not full:
             raise
         free = shutil.disk_usage(_existing_parent(place)).free
         raise OSError(
-            error.errno,
+            errno.ENOSPC,
             f"received a full disk while writing {place} ({free / 1e6:.0f} MB free); nothing half-written was left "
             "behind. Free some space, or name a folder on another disk (out=, spool=, or LENS_AFFECT_CACHE)",
         ) from error
@@ -165,20 +171,42 @@ def atomic_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) ->
             f"received the existing folder {target}; allowed is a new one: choose another name or overwrite"
         )
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
     with full_disk_explained(target):
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove_abandoned(target)
             temporary.mkdir(parents=True)
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
                     _flush(file)
             if target.exists():
-                shutil.rmtree(target)
+                os.replace(target, old)
             os.replace(temporary, target)
+            shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
+            if old.exists() and not target.exists():
+                os.replace(old, target)
             raise
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Temporary folders of this process, and of processes that were killed."""
+    for folder in target.parent.glob(f".{target.name}.*.tmp"):
+        owner = folder.name.removesuffix(".tmp").rsplit(".", 1)[-1]
+        if owner.isdigit() and (int(owner) == os.getpid() or not _is_alive(int(owner))):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _flush(file: Path) -> None:
@@ -221,9 +249,9 @@ def save_result(result: Any, folder: str | os.PathLike[str], *, overwrite: bool 
             if not item.init:
                 continue
             if isinstance(value, torch.Tensor):
-                arrays[item.name] = value.contiguous()
+                arrays[item.name] = value
             elif _is_tensor_dict(value):
-                arrays |= {f"{item.name}/{key}": tensor.contiguous() for key, tensor in value.items()}
+                arrays |= {f"{item.name}/{key}": tensor for key, tensor in value.items()}
             elif isinstance(value, pd.DataFrame):
                 value.to_parquet(place / f"{item.name}.parquet")
             elif isinstance(value, Provenance):
@@ -233,12 +261,23 @@ def save_result(result: Any, folder: str | os.PathLike[str], *, overwrite: bool 
             else:
                 plain[item.name] = value
         if arrays:
-            save_file(arrays, place / "arrays.safetensors")
+            save_file(_unshared(arrays), place / "arrays.safetensors")
         (place / "result.json").write_text(json.dumps(plain, indent=1, sort_keys=True), encoding="utf-8")
         files = {str(f.relative_to(place)): file_sha256(f) for f in sorted(place.rglob("*")) if f.is_file()}
         manifest = {"format": FORMAT, "result": type(result).__name__, "files": files}
         (place / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     return Path(folder)
+
+
+def _unshared(arrays: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous tensors, with a copy of those whose memory another one uses (safetensors refuses to guess)."""
+    seen: set[int] = set()
+    found = {}
+    for name, value in arrays.items():
+        place = value.untyped_storage().data_ptr()
+        found[name] = value.clone().contiguous() if place in seen else value.contiguous()
+        seen.add(place)
+    return found
 
 
 def load_result(cls: type[T], folder: str | os.PathLike[str]) -> T:
@@ -288,10 +327,14 @@ def _read_manifest(place: Path) -> dict[str, Any]:
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"received a damaged manifest {path}: make the result again") from error
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise ValueError(f"received a damaged manifest {path}: make the result again")
     if manifest.get("format") != FORMAT:
         raise ValueError(f"received format {manifest.get('format')} in {place}; this version reads format {FORMAT}")
+    if not isinstance(manifest.get("result"), str) or not isinstance(manifest.get("files"), dict):
+        raise ValueError(f"received a damaged manifest {path}: make the result again")
     return manifest
 
 

@@ -177,17 +177,24 @@ def max_null(
     """
     sign = 1.0 if better == "high" else -1.0
     n = permuted.shape[0]
+    # Equal scores must count as hits although they were summed in another order.
+    tolerance = 1e-5 if np.float32 in (observed.dtype, permuted.dtype) else 1e-9
+    observed, permuted = observed.astype(np.float64), permuted.astype(np.float64)
     mean, sd = permuted.mean(axis=0), permuted.std(axis=0, ddof=1)
-    scale = np.where(sd > 0, sd, np.inf)
+    spread = sd > 1e-6 * np.abs(permuted).max(axis=0)  # a constant null has a standard deviation of rounding errors
+    scale = np.where(spread, sd, np.inf)
     z = sign * (observed - mean) / scale
     z_permuted = sign * (permuted - mean) / scale
     maxima = z_permuted.max(axis=1)
-    tolerance = 1e-9  # equal scores must count as hits although they were summed in another order
     p = (1 + (z_permuted >= z - tolerance).sum(axis=0)) / (1 + n)
     p_family = (1 + (maxima[:, None] >= z[None, :] - tolerance).sum(axis=0)) / (1 + n)
-    cut = np.quantile(maxima, 1 - alpha, method="higher")
+    rank = math.floor(
+        alpha * (n + 1) + 1e-9
+    )  # the same rule as p_family <= alpha; unreachable with too few permutations
+    cut = np.sort(maxima)[-rank] if rank else np.inf
+    threshold = np.where(spread, mean + sign * cut * np.where(spread, sd, 1.0), sign * np.inf)
     low, high = np.quantile(permuted, [alpha / 2, 1 - alpha / 2], axis=0)
-    return Null(mean, sd, low, high, mean + sign * cut * sd, p, p_family)
+    return Null(mean, sd, low, high, threshold, p, p_family)
 
 
 def p_text(p: float, n_permutations: int) -> str:

@@ -4,6 +4,7 @@ Every text carries a group (its topic or template). Texts of one group are never
 that has seen a topic would otherwise be credited for recognising the topic.
 """
 
+import html
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -71,11 +72,11 @@ EMOTIONS: dict[str, Emotion] = {
 _STEMS = {
     "happy": r"(un)?happ(y|i)\w*",
     "sad": r"sad(der|dest|den\w*|ly|ness)?",
-    "calm": r"calm\w*",
+    "calm": r"(be)?calm\w*",
     "desperate": r"desperat\w*|despair\w*",
-    "afraid": r"afraid|fear\w*",
-    "angry": r"ang(ry|ri\w*|er|ered)",
-    "proud": r"proud\w*|prid(e|ed)",
+    "afraid": r"(un)?afraid|fear\w*",
+    "angry": r"ang(ry|ri\w*|er|ers|ered|ering)",
+    "proud": r"proud\w*|prid(e|es|ed|ing|eful\w*)",
     "guilty": r"guilt\w*",
     "nervous": r"nervous\w*",
     "hopeful": r"hop(e|es|ed|ing|eful\w*|eless\w*)",
@@ -84,11 +85,11 @@ _STEMS = {
     "reflective": r"reflect\w*",
     "enthusiastic": r"enthus\w*",
     "hostile": r"hostil\w*",
-    "loving": r"(be)?lov(e|es|ed|er|ers|ing\w*|able|ely)",
+    "loving": r"(be|un)?lov(e|es|ed|er|ers|ing\w*|able|el(y|ier|iest|iness)|eless\w*)",
     "exasperated": r"exasperat\w*",
     "blissful": r"bliss\w*",
     "anxious": r"anxi\w*",
-    "grateful": r"(un)?grat(eful\w*|itude)",
+    "grateful": r"(un|in)?grat(eful\w*|itude)",
 }
 
 
@@ -239,6 +240,8 @@ class Stimuli:
             ValueError: an unknown emotion, or no group that holds both.
         """
         self.select(emotions=[clean, corrupted])  # names the unknown label
+        if clean == corrupted:
+            raise ValueError(f"received {clean!r} twice; a contrast needs two different emotions")
         pairs: list[tuple[str, str, str]] = []
         for group in dict.fromkeys(self.groups):
             sides = [
@@ -281,7 +284,7 @@ class Stimuli:
 
     def _repr_html_(self) -> str:
         head = self.to_frame().head(5).to_html(escape=True, index=False)
-        return f"<p>{str(self).splitlines()[0]}</p>{head}"
+        return f"<p>{html.escape(str(self).splitlines()[0])}</p>{head}"
 
 
 @dataclass(frozen=True)
@@ -318,15 +321,27 @@ def load_prompts(name_or_path: str | os.PathLike[str] = "ours") -> PromptSet:
     if str(name_or_path) in ours:
         data, name = ours[str(name_or_path)], str(name_or_path)
     elif Path(name_or_path).is_file():
-        data, name = json.loads(Path(name_or_path).read_text(encoding="utf-8")), Path(name_or_path).stem
+        data, name = _read_prompts(Path(name_or_path)), Path(name_or_path).stem
     else:
         raise ValueError(f"received prompts {str(name_or_path)!r}; allowed are {sorted(ours)} or a JSON file")
-    allowed = {"templates", "neutral", "topics"}
-    if not {"templates", "neutral"} <= set(data) <= allowed:
-        raise ValueError(
-            f"received keys {sorted(data)} in {name_or_path}; allowed are {sorted(allowed)}, the first two needed"
-        )
     return PromptSet(tuple(data["templates"]), tuple(data["neutral"]), dict(data.get("topics", {})), name)
+
+
+def _read_prompts(path: Path) -> dict[str, Any]:
+    allowed = "a JSON object with the lists of texts 'templates' and 'neutral', and optionally the object 'topics'"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"received {path}, which is no JSON ({error}); allowed is {allowed}") from error
+    keys = sorted(data) if isinstance(data, dict) else type(data).__name__
+    if not isinstance(data, dict) or not {"templates", "neutral"} <= set(data) <= {"templates", "neutral", "topics"}:
+        raise ValueError(f"received keys {keys} in {path}; allowed is {allowed}")
+    for key in ("templates", "neutral"):
+        if not isinstance(data[key], list) or not all(isinstance(text, str) for text in data[key]):
+            raise ValueError(f"received {key!r} in {path} that is no list of texts; allowed is {allowed}")
+    if not isinstance(data.get("topics", {}), dict):
+        raise ValueError(f"received 'topics' in {path} that is no object; allowed is {allowed}")
+    return data
 
 
 def load_stimuli(name_or_path: str | os.PathLike[str] = "passages") -> Stimuli:
@@ -356,7 +371,13 @@ def load_stimuli(name_or_path: str | os.PathLike[str] = "passages") -> Stimuli:
         raise ValueError(
             f"received stimuli {str(name_or_path)!r}; allowed are 'passages' or a .csv, .tsv, .parquet or .jsonl file"
         )
-    return _from_frame(_read_table(path), path.stem)
+    try:
+        frame = _read_table(path)
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"received {path}, which cannot be read ({error}); save it as UTF-8 .csv, .tsv, .jsonl or as .parquet"
+        ) from error
+    return _from_frame(frame, path.stem)
 
 
 def _read_table(path: Path) -> pd.DataFrame:
@@ -393,6 +414,13 @@ def _from_frame(frame: pd.DataFrame, name: str) -> Stimuli:
         raise ValueError(
             f"received one emotion only ({labels.iloc[0]!r}); allowed are two or more: a direction needs a contrast"
         )
+    if "group" in frame:
+        blank = frame["group"].isna() | (frame["group"].astype(str).str.strip() == "")
+        if blank.any():
+            rows = [int(i) for i in frame.index[blank]]
+            raise ValueError(
+                f"received rows without a group: {rows[:10]} ({len(rows)} in all); fill them, or drop the column"
+            )
     groups = frame["group"].astype(str) if "group" in frame else pd.Series([f"text {i}" for i in range(len(frame))])
     sources = frame["source"].astype(str) if "source" in frame else pd.Series([name] * len(frame))
     return Stimuli(

@@ -61,11 +61,11 @@ def test_counts_add_up(stories):
     assert all(rounds == list(range(len(rounds))) for rounds in per_slot)  # drawn again until accepted, never after
 
 
-def test_stories_are_seeded_and_do_not_depend_on_the_batch(tiny_model, stories):
-    again = write_stories(tiny_model("llama"), ["happy", "sad", "calm"], n_stories=7, seed=1, batch_rows=28, **QUICK)
+def test_the_same_seed_gives_the_same_stories_and_draws_and_another_seed_others(tiny_model, stories):
+    again = write_stories(tiny_model("llama"), ["happy", "sad", "calm"], n_stories=7, seed=1, batch_rows=10, **QUICK)
     other = write_stories(tiny_model("llama"), ["happy"], n_stories=2, seed=2, neutral=False, **QUICK)
     assert again.stimuli == stories.stimuli
-    assert again.table.equals(stories.table) or set(again.counts.items()) == set(stories.counts.items())
+    assert again.table.equals(stories.table)
     assert not set(other.stimuli.texts) & set(stories.stimuli.texts)
     assert set(other.stimuli.emotions) == {"happy"}
 

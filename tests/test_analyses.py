@@ -1,0 +1,51 @@
+"""The analyses run, use only public names, and their notebook copies are up to date and small."""
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import jupytext
+import pytest
+
+import lens_affect
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted((ROOT / "analyses").glob("[0-9]*.py"))
+
+
+@pytest.mark.weights
+def test_the_layer_sweep_runs_in_quick_mode(real_model, monkeypatch, capsys):
+    real_model("smollm2-135m-instruct")  # fetched, or skipped with the reason
+    monkeypatch.setenv("LENS_AFFECT_QUICK", "1")
+    names = runpy.run_path(str(ROOT / "analyses" / "01_layer_sweep.py"))
+    printed = capsys.readouterr().out
+    assert "nearest_mean is best at layer" in printed
+    assert "above the bar by" in printed
+    assert names["curve"].n_emotions == 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_analyses_use_only_public_names(script):
+    source = script.read_text()
+    assert set(re.findall(r"\bla\.(\w+)", source)) <= set(lens_affect.__all__)
+    assert not re.findall(r"from lens_affect\b|import lens_affect\.", source)
+
+
+@pytest.mark.parametrize("notebook", sorted((ROOT / "analyses").glob("*.ipynb")), ids=lambda p: p.name)
+def test_notebooks_are_executed_copies_of_their_scripts(notebook):
+    assert notebook.stat().st_size < 1e6
+    cells = json.loads(notebook.read_text())["cells"]
+    script = jupytext.read(notebook.with_suffix(".py"))
+    assert ["".join(c["source"]) for c in cells] == [c["source"] for c in script["cells"]]
+    counts = [c["execution_count"] for c in cells if c["cell_type"] == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+@pytest.mark.parametrize("numbers", sorted((ROOT / "figures").glob("*.json")), ids=lambda p: p.name)
+def test_every_figure_has_its_numbers_and_its_picture(numbers):
+    for one in json.loads(numbers.read_text()):
+        assert one["provenance"]["model"]
+        assert len(one["curve"]["score"]) == len(one["curve"]["depth"])
+    assert numbers.with_suffix(".html").is_file()
+    assert numbers.with_suffix(".png").is_file()
