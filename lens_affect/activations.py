@@ -24,6 +24,7 @@ from lens_affect.adapter import (
     Encoded,
     LensModel,
     add_hooks,
+    cast_parameters,
     context_window,
     device_of,
     encode,
@@ -34,7 +35,7 @@ from lens_affect.adapter import (
 )
 from lens_affect.results import Provenance, Stopwatch, full_disk_explained, load_result, save_result
 from lens_affect.selfchecks import ensure_checked
-from lens_affect.sites import Site, resolve_site
+from lens_affect.sites import SITES, Site, resolve_site
 from lens_affect.stimuli import Stimuli
 
 log = logging.getLogger(__name__)
@@ -205,6 +206,8 @@ def extract_activations(
     clock = Stopwatch()
     ensure_checked(model)
     names = (sites,) if isinstance(sites, str) else tuple(sites)
+    if not names:
+        raise ValueError(f"received no sites; allowed are {list(SITES)}")
     resolved = [resolve_site(model, name) for name in names]
     chosen = _check_layers(layers, int(model.cfg.n_layers))
     encoded = _encode_all(model, stimuli, own_bos=own_bos)
@@ -220,16 +223,20 @@ def extract_activations(
     budget = DEFAULT_BATCH_TOKENS if batch_tokens == "auto" else int(batch_tokens)
     sinks = {s.name: torch.zeros(len(chosen), dtype=torch.long) for s in resolved}
     done = 0
-    for rows in _batches([len(e.ids) for e in encoded], budget):
-        batch, batch_weights = [encoded[r] for r in rows], [weights[r] for r in rows]
-        pooled = _read_batch(
-            model, batch, batch_weights, resolved, chosen, sinks, leave_out=pooling == "mean_without_sinks"
-        )
-        _require_finite(pooled, rows, model)
-        store.write(rows, pooled)
-        done += len(rows)
-        if progress:
-            progress(done, len(stimuli))
+    try:
+        for rows in _batches([len(e.ids) for e in encoded], budget):
+            batch, batch_weights = [encoded[r] for r in rows], [weights[r] for r in rows]
+            pooled = _read_batch(
+                model, batch, batch_weights, resolved, chosen, sinks, leave_out=pooling == "mean_without_sinks"
+            )
+            _require_finite(pooled, rows, chosen, model)
+            store.write(rows, pooled)
+            done += len(rows)
+            if progress:
+                progress(done, len(stimuli))
+    except BaseException:
+        store.discard()
+        raise
 
     _warn_of_sinks(sinks, pooling, len(stimuli))
     kept, counts, arrays, squares = store.finish()
@@ -397,13 +404,14 @@ def _warn_of_sinks(sinks: dict[str, Tensor], pooling: str, n_texts: int) -> None
         )
 
 
-def _require_finite(pooled: dict[str, Tensor], rows: list[int], model: LensModel) -> None:
+def _require_finite(pooled: dict[str, Tensor], rows: list[int], layers: tuple[int, ...], model: LensModel) -> None:
     for site, values in pooled.items():
         bad = (~values.isfinite()).any(-1).nonzero()
         if len(bad):
-            row, layer = bad[0].tolist()
+            row, entry = bad[0].tolist()
+            layer = "embedding" if site == "embedding" else layers[entry]
             raise ValueError(
-                f"received activations that are not finite: {site}, layer entry {layer}, text {rows[row]}, in "
+                f"received activations that are not finite: {site}, layer {layer}, text {rows[row]}, in "
                 f"{model_info(model).provenance.dtype}; load the model with dtype=torch.float32 or bfloat16 (Gemma overflows in float16)"
             )
 
@@ -419,9 +427,9 @@ def _settle_precision(model: LensModel, encoded: list[Encoded], weights: list[di
     coarse = _read_batch(model, batch, pooling, site, layers)
     info.restore_float32()
     fine = _read_batch(model, batch, pooling, site, layers)
-    worst = min(torch.cosine_similarity(coarse[k], fine[k], dim=-1).min().item() for k in fine)
+    worst = torch.stack([torch.cosine_similarity(coarse[k], fine[k], dim=-1).min() for k in fine]).min().item()
     if worst >= MINIMUM_COSINE:
-        model.to(torch.bfloat16)  # pyright: ignore[reportAttributeAccessIssue]
+        cast_parameters(model, torch.bfloat16)  # pyright: ignore[reportArgumentType]
         info.provenance = replace(info.provenance, dtype="bfloat16")
         info.precision_is_automatic = True
     else:
@@ -432,27 +440,34 @@ class _Spool:
     """Rows written as they come into safetensors files, then memory-mapped. Plain writes: written pages cost no resident memory."""
 
     def __init__(self, n_rows: int, shapes: dict[str, tuple[int, int]], folder: str | os.PathLike[str] | None) -> None:
-        self._n_rows, self._shapes = n_rows, shapes
+        self._n_rows = n_rows
         self._temporary = None if folder else tempfile.mkdtemp(prefix="lens_affect-")
         self._folder = Path(folder or str(self._temporary))
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._files: dict[str, tuple[int, int]] = {}
-        with full_disk_explained(self._folder):
-            for name, (layers, width) in shapes.items():
-                header = {
-                    name: {
-                        "dtype": "F32",
-                        "shape": [n_rows, layers, width],
-                        "data_offsets": [0, n_rows * layers * width * 4],
-                    }
-                }
-                text = json.dumps(header).encode()
-                text += b" " * (-len(text) % 8)
-                descriptor = os.open(self._folder / f"{name}.safetensors", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-                os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
-                # Reserves the space now, so that a disk that is too small is found before any long work starts.
-                os.posix_fallocate(descriptor, 8 + len(text), max(n_rows * layers * width * 4, 1))
-                self._files[name] = (descriptor, 8 + len(text))
+        try:
+            with full_disk_explained(self._folder):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                for name, shape in shapes.items():
+                    self._reserve(name, shape)
+        except BaseException:
+            self.discard()
+            raise
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.safetensors"
+
+    def _reserve(self, name: str, shape: tuple[int, int]) -> None:
+        """A file with its header and room for all rows, so that a disk that is too small is found before any long work starts."""
+        size = self._n_rows * math.prod(shape) * 4
+        header = json.dumps(
+            {name: {"dtype": "F32", "shape": [self._n_rows, *shape], "data_offsets": [0, size]}}
+        ).encode()
+        header += b" " * (-len(header) % 8)
+        self._path(name).unlink(missing_ok=True)  # an earlier result may still be mapped from a file of this name
+        descriptor = os.open(self._path(name), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._files[name] = (descriptor, 8 + len(header))
+        os.pwrite(descriptor, len(header).to_bytes(8, "little") + header, 0)
+        os.posix_fallocate(descriptor, 8 + len(header), max(size, 1))
 
     def write(self, rows: list[int], pooled: dict[str, Tensor]) -> None:
         with full_disk_explained(self._folder):
@@ -468,11 +483,19 @@ class _Spool:
         arrays: dict[str, Tensor] = {}
         for name, (descriptor, _) in self._files.items():
             os.close(descriptor)
-            arrays |= load_file(self._folder / f"{name}.safetensors")
+            arrays |= load_file(self._path(name))
         if self._temporary is not None:
             # An unlinked file stays readable through its mapping, so the folder's name is not needed any more.
             shutil.rmtree(self._temporary, ignore_errors=True)
         return list(range(self._n_rows)), torch.ones(self._n_rows, dtype=torch.long), arrays, {}
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        for name, (descriptor, _) in self._files.items():
+            os.close(descriptor)
+            self._path(name).unlink(missing_ok=True)
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 class _Moments:
@@ -502,3 +525,6 @@ class _Moments:
 
     def finish(self) -> tuple[list[int], Tensor, dict[str, Tensor], dict[str, Tensor]]:
         return self._first, self._counts, self._mean, self._square
+
+    def discard(self) -> None:
+        """Nothing is on disk."""

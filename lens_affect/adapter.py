@@ -148,6 +148,13 @@ def chat_template_hash(tokenizer: Any) -> str | None:
     return hashlib.sha256(str(template).encode()).hexdigest()[:16] if template else None
 
 
+def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Round the weights and nothing else: rotary frequencies and embedding scales stay as Hugging Face keeps them, in float32."""
+    for parameter in model.parameters():
+        if parameter.dtype.is_floating_point:
+            parameter.data = parameter.data.to(dtype)
+
+
 def is_bridge(model: Any) -> bool:
     """True for a TransformerBridge, which wraps a Hugging Face model."""
     return hasattr(model, "original_model")
@@ -307,6 +314,17 @@ def final_norm_scale(model: Any) -> Float[Tensor, " d_model"]:
     signs[1::2] = -1
     positive, negative = (model.ln_final(x.view(1, 1, -1)).view(-1).float() for x in (signs, -signs))
     return (positive - negative) / 2 * signs.float()
+
+
+@torch.no_grad()
+def final_norm_centres(model: Any) -> bool:
+    """Whether the final norm takes the mean out (LayerNorm does, RMSNorm does not). Measured: a constant then changes nothing."""
+    if not hasattr(model, "ln_final"):
+        return False
+    parameter = next(model.parameters())
+    x = torch.linspace(-1, 1, int(model.cfg.d_model), dtype=parameter.dtype, device=parameter.device).view(1, 1, -1)
+    plain, shifted = model.ln_final(x).float(), model.ln_final(x + 1).float()
+    return bool((plain - shifted).abs().max() < 0.05 * plain.abs().max())
 
 
 def unembedding(model: Any) -> Float[Tensor, "d_model vocab"]:

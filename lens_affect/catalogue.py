@@ -22,7 +22,7 @@ from typing import Literal
 
 import pandas as pd
 
-from lens_affect.results import atomic_folder, file_sha256, full_disk_explained
+from lens_affect.results import atomic_folder, file_sha256, full_disk_explained, remove_abandoned
 
 log = logging.getLogger(__name__)
 
@@ -229,6 +229,7 @@ def _download_folder(folder: Path) -> Iterator[Path]:
     """A folder for the download, empty and removed afterwards; its name is fixed, so what a killed fetch left behind goes too."""
     place = folder.parent / f".fetch-{folder.name}"
     shutil.rmtree(place, ignore_errors=True)
+    remove_abandoned(folder)
     place.mkdir()
     try:
         yield place

@@ -104,6 +104,8 @@ def generate(
         >>> generate(model, ["How does he feel?"], max_new_tokens=8, seed=0).texts  # doctest: +SKIP
     """
     _check(prompts, temperature, top_p, max_new_tokens, row_seeds)
+    for change in interventions:
+        _check_intervention(model, change, len(prompts))
     ensure_checked(model)
     heads = [encode_prompt(model, prompt)[0] for prompt in prompts]
     room = context_window(model) - max(map(len, heads))
@@ -168,6 +170,30 @@ def _check(
         raise ValueError(f"received {len(row_seeds)} row_seeds for {len(prompts)} prompts; allowed is one per prompt")
 
 
+def _check_intervention(model: LensModel, change: Intervention, n_prompts: int) -> None:
+    site, n_layers = resolve_site(model, change.site), int(model.cfg.n_layers)
+    if not 0 <= change.layer < n_layers:
+        raise ValueError(f"received an intervention at layer {change.layer}; allowed are 0 to {n_layers - 1}")
+    rows = tuple(range(n_prompts)) if change.rows is None else change.rows
+    outside = [row for row in rows if not 0 <= row < n_prompts]
+    if outside:
+        raise ValueError(
+            f"received an intervention on rows {outside}; allowed are 0 to {n_prompts - 1}, one per prompt"
+        )
+    if change.vector.ndim == 2 and len(change.vector) != len(rows):
+        raise ValueError(
+            f"received {len(change.vector)} vectors for {len(rows)} rows; allowed is one vector for all, or one per row"
+        )
+    if change.vector.shape[-1] != site.width:
+        raise ValueError(
+            f"received a vector of width {change.vector.shape[-1]} for {site.name}; allowed is {site.width}"
+        )
+    if change.mode != "add" and bool((change.vector.norm(dim=-1) == 0).any()):
+        raise ValueError(
+            f"received a zero vector for mode={change.mode!r}; a direction is needed: pass a vector with a length"
+        )
+
+
 def stop_tokens(model: LensModel) -> tuple[int, ...]:
     """End-of-text and end-of-turn ids: the tokenizer's, the generation config's, and the usual turn markers it knows."""
     found: set[Any] = set()
@@ -202,10 +228,13 @@ def sample(
             break
         n_candidates *= 8
     kept = probabilities * (cumulative - probabilities < top_p)
-    ladder = kept.cumsum(-1)
+    # The ladder goes up the token numbers: going down the probabilities, a rounding error would swap near-ties and change the draw.
+    tokens, by_number = order.sort(dim=-1)
+    ladder = kept.gather(-1, by_number).cumsum(-1)
     target = uniform.to(ladder)[:, None] * ladder[:, -1:]
-    place = (ladder <= target).sum(-1).clamp(max=n_candidates - 1)
-    return order.gather(-1, place[:, None])[:, 0]
+    last = (ladder < ladder[:, -1:]).sum(-1)
+    place = torch.minimum((ladder <= target).sum(-1), last)
+    return tokens.gather(-1, place[:, None])[:, 0]
 
 
 class _Batch:
@@ -270,8 +299,6 @@ def _hooks(model: LensModel, interventions: Sequence[Intervention], state: _Batc
         if vector.ndim == 2:
             order = list(range(len(state.history))) if change.rows is None else list(change.rows)
             vector = vector[[r if change.rows is None else order.index(r) for r in rows]]
-        if vector.shape[-1] != site.width:
-            raise ValueError(f"received a vector of width {vector.shape[-1]} for {site.name}; allowed is {site.width}")
         where = torch.tensor([active.index(r) for r in rows], device=state.history.device)
         hooks.append((site.at(change.layer), _edit(change.mode, vector, where, _positions(change.scope, state))))
     return hooks

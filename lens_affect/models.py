@@ -22,6 +22,7 @@ import torch
 from lens_affect.adapter import (
     LensModel,
     ModelInfo,
+    cast_parameters,
     chat_template_hash,
     dtype_name,
     model_info,
@@ -86,7 +87,8 @@ def load_model(
         hf_model, facts = _unwrap(name_or_path, tokenizer)
         first = dtype = next(hf_model.parameters()).dtype if dtype == "auto" else dtype
         folder = None
-    hf_model = hf_model.to(place, first).eval()
+    hf_model = hf_model.to(place).eval()
+    cast_parameters(hf_model, first)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
 
@@ -94,6 +96,12 @@ def load_model(
     set_model_info(bridge, info)
     ensure_checked(bridge)
     if dtype == "auto" and folder is not None and not compatibility and _bfloat16_gain(bridge, place) >= WORTHWHILE:
+        info.restore_float32 = lambda: _restore(
+            bridge,
+            load_model(
+                name_or_path, dtype=torch.float32, device=place, revision=revision, trust_remote_code=trust_remote_code
+            ),
+        )
         _use_bfloat16(bridge, info)
     return bridge
 
@@ -131,6 +139,7 @@ def _locate(name_or_path: str | Path, revision: str | None) -> tuple[str, Proven
 def _read_folder(
     folder: str, dtype: torch.dtype, revision: str | None, trust_remote_code: bool, tokenizer: Any
 ) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options = {
@@ -142,7 +151,7 @@ def _read_folder(
         with quiet_transformers():
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder, **options)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if Path(folder).is_dir():
             raise ValueError(
                 f"received the folder {folder}, which holds no complete Hugging Face model: {error}"
@@ -202,7 +211,6 @@ def _boot(
         tokenizer_adds_bos=adds_bos,
         reference_logits=reference_logits(hf_model, tokenizer),
     )
-    parameters = dict(hf_model.named_parameters())  # booting renames modules but keeps these tensors
     with _named_tokenizer(tokenizer) as named, quiet_transformers(), _no_package_installation():
         name = str(hf_model.config.name_or_path or type(hf_model).__name__)
         bridge = TransformerBridge.boot_transformers(
@@ -212,9 +220,6 @@ def _boot(
             bridge.enable_compatibility_mode()
     if bridge.tokenizer.pad_token is None:
         bridge.tokenizer.pad_token = tokenizer.pad_token
-    folder = Path(hf_model.config.name_or_path or "-")
-    if folder.is_dir():
-        info.restore_float32 = lambda: _restore(bridge, parameters, folder)
     return bridge, info
 
 
@@ -282,7 +287,7 @@ def _bfloat16_gain(bridge: Any, device: torch.device) -> float:
 
 
 def _use_bfloat16(bridge: Any, info: ModelInfo) -> None:
-    bridge.to(torch.bfloat16)
+    cast_parameters(bridge, torch.bfloat16)
     info.precision_is_automatic = True
     update_provenance(bridge, dtype="bfloat16", checks={})
     info.reference_logits = {}  # parity was shown in float32, where a difference means a mistake and not rounding
@@ -293,15 +298,17 @@ def _use_bfloat16(bridge: Any, info: ModelInfo) -> None:
     )
 
 
-def _restore(bridge: Any, parameters: dict[str, torch.nn.Parameter], folder: Path) -> None:
-    from safetensors import safe_open
-
-    bridge.to(torch.float32)
-    with torch.no_grad():
-        for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a dict
-                    if name in parameters:
-                        parameters[name].copy_(tensors.get_tensor(name))
+def _restore(bridge: Any, fresh: Any) -> None:
+    """Take over the weights of a bridge that was just loaded in float32, tensor by tensor."""
+    for mine, theirs in (
+        (bridge.named_parameters(), fresh.named_parameters()),
+        (bridge.named_buffers(), fresh.named_buffers()),
+    ):
+        for (name, tensor), (other_name, other) in zip(mine, theirs, strict=True):
+            if name != other_name or tensor.shape != other.shape:
+                raise RuntimeError(
+                    f"cannot restore float32: {name} and {other_name} differ; load the model again with dtype=torch.float32"
+                )
+            tensor.data = other.data
     update_provenance(bridge, dtype="float32")
     model_info(bridge).precision_is_automatic = False

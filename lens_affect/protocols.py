@@ -69,8 +69,8 @@ def protocol_activations(
 ) -> Activations:
     """The paper's readout: the midpoint token of each story, or the last token of each passage; the tokenizer's own BOS."""
     if source == "generation":
-        texts = stimuli if isinstance(stimuli, Stimuli) else None
-        texts = texts or protocol_stimuli(
+        given = load_stimuli(stimuli) if isinstance(stimuli, str | os.PathLike) else stimuli
+        texts = given or protocol_stimuli(
             model, prompts=prompts, n_stories=n_stories, max_new_tokens=max_new_tokens, progress=progress
         )
         return extract_activations(model, texts, pooling="midpoint", own_bos=True)

@@ -174,7 +174,7 @@ def atomic_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) ->
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     with full_disk_explained(target):
         try:
-            _remove_abandoned(target)
+            remove_abandoned(target)
             temporary.mkdir(parents=True)
             yield temporary
             for file in temporary.rglob("*"):
@@ -191,7 +191,7 @@ def atomic_folder(folder: str | os.PathLike[str], *, overwrite: bool = False) ->
             raise
 
 
-def _remove_abandoned(target: Path) -> None:
+def remove_abandoned(target: Path) -> None:
     """Temporary folders of this process, and of processes that were killed."""
     for folder in target.parent.glob(f".{target.name}.*.tmp"):
         owner = folder.name.removesuffix(".tmp").rsplit(".", 1)[-1]

@@ -145,15 +145,16 @@ def _check_parity(model: LensModel, reference: dict[str, Tensor], tolerance: flo
     name = "logits equal Hugging Face's"
     if not reference:
         return Check(name, "not applicable", "no Hugging Face model at hand to compare with", "")
-    worst = 0.0
+    differences = []
     for text, expected in reference.items():
         ids = token_ids(model.tokenizer, text)
         tokens, mask = pad_right([Encoded(ids, (), 0, "none")], pad_token_id(model), device_of(model))
         seen = run_logits(model, tokens, mask)[0].cpu()
-        worst = max(worst, (seen.log_softmax(-1) - expected.log_softmax(-1)).abs().max().item())
+        differences.append((seen.log_softmax(-1) - expected.log_softmax(-1)).abs().max())
+    worst = torch.stack(differences).max().item()  # NaN stays NaN, and fails
     return _verdict(
         name,
-        worst <= tolerance,  # NaN fails too
+        worst <= tolerance,
         f"largest difference of log-probabilities {worst:.1e}, allowed {tolerance:.0e}",
         "The host library's version of this architecture differs from Hugging Face's: try compatibility=False, float32, or another release.",
     )
@@ -181,12 +182,13 @@ def _check_padding(model: LensModel, tolerance: float) -> Check:
     names = [site.at(layer) for layer in range(model.cfg.n_layers)]
     batch = [encode(model, text) for text in CHECK_TEXTS]
     together, _ = _read(model, batch, names)
-    worst = 0.0
+    differences = []
     for row, encoded in enumerate(batch):
         alone, _ = _read(model, [encoded], names)
         for name in names:
             a, b = alone[name][0][list(encoded.content)], together[name][row][list(encoded.content)]
-            worst = max(worst, ((a - b).norm(dim=-1) / a.norm(dim=-1).clamp_min(1e-12)).max().item())
+            differences.append(((a - b).norm(dim=-1) / a.norm(dim=-1).clamp_min(1e-12)).max())
+    worst = torch.stack(differences).max().item()
     return _verdict(
         "a text reads the same alone and in a padded batch",
         worst <= tolerance,
@@ -204,7 +206,8 @@ def _check_hooks(model: LensModel, tolerance: float) -> list[Check]:
             continue  # a site that this architecture does not have; resolve_site says so to whoever asks for it
     layers = range(model.cfg.n_layers)
     encoded = encode(model, CHECK_TEXTS[0])
-    seen, fired = _read(model, [encoded], [s.at(layer) for s in sites for layer in layers])
+    names = dict.fromkeys(s.at(layer) for s in sites for layer in layers)  # two sites may share a hook point
+    seen, fired = _read(model, [encoded], list(names))
 
     odd = [
         f"{s.at(layer)} fired {fired[s.at(layer)]} times" for s in sites for layer in layers if fired[s.at(layer)] != 1
@@ -295,6 +298,7 @@ def _check_chat_template(model: LensModel) -> Check:
     return _verdict(
         name,
         back == text and text.count(CHECK_TEXTS[0]) == 1,
-        "decoding the tokens gives the rendered chat" if back == text else f"decoding gives {back[:60]!r}",
+        f"the prompt stands {text.count(CHECK_TEXTS[0])} times in the rendered chat; "
+        + ("decoding its tokens gives it back" if back == text else f"decoding its tokens gives {back[:60]!r}"),
         "The tokenizer changes the rendered chat: the model would see another prompt than the one that is shown.",
     )

@@ -121,7 +121,7 @@ def permute_labels(
     possible = count_permutations(labels, groups, design)
     if possible < 1 / alpha - 1e-9:
         raise ValueError(
-            f"received a {design} design that allows only {possible:.0f} relabellings; {1 / alpha:.0f} are needed for "
+            f"received a design that allows only {possible:.0f} relabellings; {1 / alpha:.0f} are needed for "
             f"p < {alpha}: add groups, or texts per group"
         )
     rng = derive_generator(seed, "permutation")
@@ -174,9 +174,17 @@ def max_null(
         permuted: the same under each relabelling.
         better: which direction of the score counts as an effect.
         alpha: level of band and threshold.
+
+    Raises:
+        ValueError: a relabelling without a score.
     """
     sign = 1.0 if better == "high" else -1.0
     n = permuted.shape[0]
+    without = int((~np.isfinite(permuted)).any(axis=1).sum())
+    if without:
+        raise ValueError(
+            f"received {without} of {n} relabellings without a score; a null needs one for each: use fewer folds (n_splits) or add groups"
+        )
     # Equal scores must count as hits although they were summed in another order.
     tolerance = 1e-5 if np.float32 in (observed.dtype, permuted.dtype) else 1e-9
     observed, permuted = observed.astype(np.float64), permuted.astype(np.float64)

@@ -18,7 +18,11 @@ from lens_affect.generation import generate
 from lens_affect.results import Provenance, Stopwatch, load_result, save_result
 from lens_affect.stimuli import NEUTRAL, PromptSet, Stimuli, load_prompts, named_emotion
 
-_REFUSAL = re.compile(r"\b(I'm sorry|I am sorry|I cannot|I can't|I'm unable|I am unable|as an AI)\b", re.IGNORECASE)
+_REFUSAL = re.compile(
+    r"\bas an AI\b|\bI(['’]m| am) sorry,? but\b|\bI(['’]m| am) (unable|not able) to (write|help|assist|create|provide|generate|fulfil)"
+    r"|\bI (cannot|can['’]t) (write|help|assist|create|provide|generate|fulfil)",
+    re.IGNORECASE,
+)
 MAXIMUM_OVERLAP = 0.5
 """Two stories of one emotion count as distinct below this Jaccard overlap of their token 3-grams."""
 MAXIMUM_REPETITION = 0.5
@@ -106,7 +110,7 @@ def write_stories(
     asked = load_prompts(prompts) if isinstance(prompts, str) else prompts
     slots = _slots(asked, [*emotions, *([NEUTRAL] if neutral else [])], n_stories)
     accepted: dict[tuple[str, int], str] = {}
-    reserve: dict[tuple[str, int], tuple[str, int]] = {}
+    reserve: dict[tuple[str, int], tuple[str, int, set[tuple[int, ...]]]] = {}
     draws: list[dict[str, Any]] = []
     seen: dict[str, list[set[tuple[int, ...]]]] = {}
     form = "plain"
@@ -139,16 +143,18 @@ def write_stories(
                 )
                 if verdict == "accepted" and names and attempt + 1 < max_rounds:
                     draws[-1]["verdict"] = "names emotion"
-                    reserve.setdefault(slot, (text, len(draws) - 1))
+                    reserve.setdefault(slot, (text, len(draws) - 1, _trigrams(tokens)))
                 elif verdict == "accepted":
                     accepted[slot] = text
                     seen[slot[0]].append(_trigrams(tokens))
             if progress:
                 progress(len(accepted), len(slots))
-    for slot, (text, row) in reserve.items():
+    for slot, (text, row, trigrams) in reserve.items():
         if slot not in accepted:
-            accepted[slot] = text
-            draws[row]["verdict"] = "accepted"
+            draws[row]["verdict"] = "copy" if _is_copy(trigrams, seen[slot[0]]) else "accepted"
+            if draws[row]["verdict"] == "accepted":
+                accepted[slot] = text
+                seen[slot[0]].append(trigrams)
     _require_all(slots, accepted, draws)
     info = model_info(model).provenance
     stimuli = Stimuli(
@@ -191,9 +197,11 @@ def _verdict(text: str, tokens: Sequence[int], minimum_tokens: int, others: list
     trigrams = _trigrams(tokens)
     if 1 - len(trigrams) / max(len(tokens) - 2, 1) > MAXIMUM_REPETITION:
         return "repetitive"
-    if any(len(trigrams & other) / max(len(trigrams | other), 1) >= MAXIMUM_OVERLAP for other in others):
-        return "copy"
-    return "accepted"
+    return "copy" if _is_copy(trigrams, others) else "accepted"
+
+
+def _is_copy(trigrams: set[tuple[int, ...]], others: list[set[tuple[int, ...]]]) -> bool:
+    return any(len(trigrams & other) / max(len(trigrams | other), 1) >= MAXIMUM_OVERLAP for other in others)
 
 
 def _require_all(

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_affect.activations import Activations
-from lens_affect.adapter import final_norm_scale, model_info, text_of_token, unembedding
+from lens_affect.adapter import final_norm_centres, final_norm_scale, model_info, text_of_token, unembedding
 from lens_affect.results import Provenance, Stopwatch, load_result, save_result
 from lens_affect.statistics import derive_generator, derive_seed
 from lens_affect.stimuli import NEUTRAL
@@ -126,7 +126,10 @@ class EmotionVectors:
         """
         self.require_match(model_info(model).provenance)
         scale, matrix = final_norm_scale(model).cpu(), unembedding(model).cpu()
-        logits = (self.directions[:, self._layer(layer)] * scale) @ matrix
+        directions = self.directions[:, self._layer(layer)]
+        if final_norm_centres(model):
+            directions = directions - directions.mean(-1, keepdim=True)
+        logits = (directions * scale) @ matrix
         rows = []
         for emotion, row in zip(self.emotions, logits, strict=True):
             top, bottom = row.topk(k).indices.tolist(), (-row).topk(k).indices.tolist()
@@ -166,6 +169,7 @@ class EmotionVectors:
         known = [EMOTIONS.get(e) for e in self.emotions]
         table["valence"] = [e.valence if e else "unknown" for e in known]
         table["arousal"] = [e.arousal if e else "unknown" for e in known]
+        table["quadrant"] = [e.quadrant if e else "unknown" for e in known]
         for component, column, plus in (("pc1", "valence", "positive"), ("pc2", "arousal", "high")):
             is_plus = (table[column] == plus).to_numpy()
             along = table[component].to_numpy()
@@ -245,6 +249,8 @@ def fit_vectors(
         raise ValueError(f"received the emotions {list(emotions)}; a direction needs at least two to contrast")
     if baseline in ("neutral", "neutral_pcs") and NEUTRAL not in stimuli.labels:
         raise ValueError(f"baseline={baseline!r} needs texts labelled 'neutral'; add some, or use 'grand_mean'")
+    if baseline == "neutral_pcs" and activations.squares:
+        raise ValueError("baseline='neutral_pcs' needs the components of single texts; extract with keep='pooled'")
     if baseline == "within_topic" and stimuli.design != "crossed":
         raise ValueError(
             "baseline='within_topic' needs groups that hold several emotions; these are nested: use 'grand_mean'"
@@ -339,16 +345,22 @@ def _split_half(
 ) -> Float[Tensor, "emotion layer"]:
     """Mean cosine over random halves of the groups, stepped up to full length: 2 r / (1 + r)."""
     names = list(dict.fromkeys(groups[labels != NEUTRAL]))
+    extra = [g for g in dict.fromkeys(groups[labels == NEUTRAL]) if g not in names]  # neutral topics of their own
     missing = torch.full((len(emotions), values.shape[1]), torch.nan)
     rng = derive_generator(seed, "split_half")
     cosines = []
     for _ in range(n_halves):
         order = [names[i] for i in rng.permutation(len(names))]
+        own = [extra[i] for i in rng.permutation(len(extra))]
         halves = []
-        for part in (order[: len(order) // 2], order[len(order) // 2 :]):
-            # Neutral texts serve both halves: they are the origin, not what is compared.
-            keep = np.isin(groups, part) | (labels == NEUTRAL)
-            if not set(emotions) <= set(labels[keep]):
+        for first in (True, False):
+            part = order[: len(order) // 2] if first else order[len(order) // 2 :]
+            part += own[: len(own) // 2] if first else own[len(own) // 2 :]
+            keep = np.isin(groups, part)
+            if baseline == "neutral_pcs":
+                keep |= labels == NEUTRAL  # they only say what to remove
+            needed = {*emotions, *((NEUTRAL,) if baseline == "neutral" else ())}
+            if not needed <= set(labels[keep]):
                 break  # nested groups: a half can miss an emotion
             index = torch.from_numpy(np.flatnonzero(keep))
             halves.append(

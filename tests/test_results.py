@@ -41,16 +41,6 @@ from lens_affect.stimuli import Stimuli
 from lens_affect.stories import Stories
 from lens_affect.vectors import EmotionVectors, fit_vectors
 
-SHARED_BUG = pytest.mark.xfail(
-    strict=True, reason="results.save_result: safetensors refuses fields that hold the same tensor"
-)
-MANIFEST_BUG = pytest.mark.xfail(
-    strict=True, reason="results._read_manifest: only broken JSON counts as damage, not JSON or bytes of another shape"
-)
-DISK_BUG = pytest.mark.xfail(
-    strict=True, reason="results.full_disk_explained: safetensors raises SafetensorError, no OSError, on a full disk"
-)
-
 
 @dataclass(frozen=True)
 class Inner:
@@ -213,7 +203,7 @@ def test_activations_and_vectors_come_back_as_they_were(planted, tmp_path):
 
 @pytest.mark.parametrize(
     ("score", "n_permutations"),
-    [("nearest_mean", 20), pytest.param("nearest_mean", 0, marks=SHARED_BUG), ("mean_cosine_neutral", 20)],
+    [("nearest_mean", 20), pytest.param("nearest_mean", 0), ("mean_cosine_neutral", 20)],
 )
 def test_curves_come_back_as_they_were(planted, tmp_path, score, n_permutations):
     curve = localize(planted, score=score, n_permutations=n_permutations)
@@ -291,12 +281,10 @@ def test_a_place_without_a_result_is_refused_with_what_to_pass(tmp_path, there):
     [
         pytest.param(b"", id="empty"),
         pytest.param(b'{"format": 1, "res', id="truncated"),
-        pytest.param(b"[]", id="a list", marks=MANIFEST_BUG),
-        pytest.param(b'{"format": 1}', id="without its keys", marks=MANIFEST_BUG),
-        pytest.param(
-            b'{"format": 1, "result": "Inner", "files": []}', id="files that are no table", marks=MANIFEST_BUG
-        ),
-        pytest.param(b"\x80\x02}q\x00.", id="binary", marks=MANIFEST_BUG),
+        pytest.param(b"[]", id="a list"),
+        pytest.param(b'{"format": 1}', id="without its keys"),
+        pytest.param(b'{"format": 1, "result": "Inner", "files": []}', id="files that are no table"),
+        pytest.param(b"\x80\x02}q\x00.", id="binary"),
     ],
 )
 def test_a_damaged_manifest_is_refused_with_what_to_do(everything, tmp_path, content):
@@ -380,7 +368,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("what", [pytest.param(w, marks=DISK_BUG) if w == "tensors" else w for w in PLACES])
+@pytest.mark.parametrize("what", [pytest.param(w) if w == "tensors" else w for w in PLACES])
 def test_a_full_disk_leaves_nothing_and_says_what_to_do(everything, tmp_path, monkeypatch, what):
     with monkeypatch.context() as patch, pytest.raises(OSError, match=FULL_DISK) as raised:
         patch.setattr(*PLACES[what])
@@ -399,7 +387,6 @@ def test_a_full_disk_does_not_cost_the_result_that_was_there(everything, tmp_pat
     assert os.listdir(tmp_path) == ["r"]
 
 
-@pytest.mark.xfail(strict=True, reason="results.atomic_folder removes the old folder before the rename")
 def test_a_failing_rename_does_not_cost_the_result_that_was_there(everything, tmp_path, monkeypatch):
     save_result(everything.inner, tmp_path / "r")
     with monkeypatch.context() as patch, pytest.raises(OSError, match=FULL_DISK):
@@ -415,7 +402,6 @@ def test_a_used_up_quota_is_a_full_disk_and_a_forbidden_folder_is_not(tmp_path):
         raise PermissionError(errno.EACCES, "no")
 
 
-@DISK_BUG
 def test_a_disk_that_is_really_full_gives_the_same_message(tmp_path):
     """A tmpfs of 200 kB in a mount namespace of the child's own; skipped where that is not permitted."""
     namespace = ["unshare", "--map-root-user", "--mount"]

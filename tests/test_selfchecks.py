@@ -22,9 +22,6 @@ ROUND_TRIP = "the chat template round-trips"
 ALL = (PARITY, PADDING, ONCE, WIDTH, SUMS, FINITE, BOS_ONCE, ROUND_TRIP)
 
 
-NAN_IS_LOST = pytest.mark.xfail(strict=True, reason="max(0.0, nan) is 0.0: a difference of NaN passes for none")
-
-
 def load(family="llama", tokenizer=None):
     return load_model(make_hf_model(family), tokenizer=tokenizer or make_tokenizer())
 
@@ -111,14 +108,12 @@ def test_a_constant_added_to_all_logits_changes_no_probability_and_passes():
     assert outcomes(model)[PARITY] == "passed"
 
 
-@NAN_IS_LOST
 def test_logits_that_are_not_numbers_do_not_pass_for_equal():
     model = load()
     model_info(model).reference_logits[CHECK_TEXTS[0]][3, 7] = float("nan")
     require_only(model, PARITY)
 
 
-@NAN_IS_LOST
 def test_an_unembedding_with_nan_does_not_load():
     hf = make_hf_model("llama")
     with torch.no_grad():
@@ -226,9 +221,7 @@ def test_activations_that_are_not_finite_are_found_and_float32_is_advised():
     assert "torch.float32" in found[FINITE].advice
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(PARITY, marks=NAN_IS_LOST), pytest.param(PADDING, marks=NAN_IS_LOST), SUMS]
-)
+@pytest.mark.parametrize("name", [pytest.param(PARITY), pytest.param(PADDING), SUMS])
 def test_a_difference_that_is_not_a_number_does_not_pass_for_small(name):
     model = load()
     with torch.no_grad():
@@ -254,17 +247,16 @@ def test_a_host_that_sees_other_tokens_than_we_do_is_found(monkeypatch):
 def test_a_tokenizer_that_changes_the_rendered_chat_does_not_load():
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
-    with pytest.raises(SelfCheckError, match=r"the chat template round-trips.*decoding gives '<bos>\[user\] the bus"):
+    with pytest.raises(
+        SelfCheckError, match=r"the chat template round-trips.*decoding its tokens gives '<bos>\[user\] the bus"
+    ):
         load(tokenizer=tokenizer)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the message says that decoding gives the rendered chat, which is not what failed"
-)
 @pytest.mark.parametrize("change", ["m['content'] | upper", "m['content'] + m['content']", "'hello'"])
 def test_a_chat_template_that_changes_the_prompt_does_not_load_and_the_message_says_so(change):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE.replace("m['content']", f"({change})")
     with pytest.raises(SelfCheckError, match="the chat template round-trips") as error:
         load(tokenizer=tokenizer)
-    assert "decoding the tokens gives the rendered chat" not in str(error.value)  # what failed, not what was fine
+    assert "the prompt stands 1 times" not in str(error.value)  # what failed, not what was fine

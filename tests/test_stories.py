@@ -160,7 +160,6 @@ def test_a_story_that_names_its_emotion_is_drawn_again_and_kept_only_when_every_
     assert found.counts["accepted, naming the emotion"] == 1
 
 
-@pytest.mark.xfail(strict=True, reason="stories kept in reserve are not compared with those accepted since")
 def test_two_stories_that_name_their_emotion_are_not_both_kept_when_they_are_copies(tiny_model):
     model = tiny_model("gemma3")
     with pytest.raises(ValueError, match="could not get 1 of 2 stories"):

@@ -169,11 +169,7 @@ def test_reliability_is_near_one_where_signal_dominates(baseline):
     assert found.reliability.min() > 0.98
 
 
-@pytest.mark.parametrize(
-    "baseline",
-    ["grand_mean", "within_topic", "neutral_pcs",
-     pytest.param("neutral", marks=pytest.mark.xfail(strict=True, reason="both halves share the neutral texts and their noise"))],
-)  # fmt: skip
+@pytest.mark.parametrize("baseline", BASELINES)
 def test_reliability_is_near_zero_for_pure_noise(baseline):
     means = [
         fit_vectors(noise_activations(s, n_neutral=12, d=100), baseline=baseline).reliability.mean() for s in range(4)
@@ -307,8 +303,7 @@ def test_top_tokens_refuses_another_model(tiny_model):
 
 @pytest.mark.parametrize(
     "baseline",
-    ["grand_mean", "neutral", "within_topic",
-     pytest.param("neutral_pcs", marks=pytest.mark.xfail(strict=True, reason="components of cell means, not of texts, silently"))],
+    ["grand_mean", "neutral", "within_topic"],
 )  # fmt: skip
 def test_moments_give_the_vectors_of_pooled_activations(tiny_model, few_passages, baseline):
     pooled, moments = (extract_activations(tiny_model("llama"), few_passages, keep=k) for k in ("pooled", "moments"))
@@ -343,7 +338,6 @@ def test_the_first_axis_grows_with_valence_and_the_second_with_arousal(sign):
     assert axes.attrs["explained"] == pytest.approx((0.8, 0.2))  # squares 4 and 1 of equal raw norms
 
 
-@pytest.mark.xfail(strict=True, reason="the docstring promises a column quadrant that is not there")
 def test_the_axes_name_the_quadrant_of_every_emotion():
     axes = fit_vectors(noise_activations(0)).principal_axes(0)
     assert axes.loc["angry", "quadrant"] == "negative, high"
@@ -381,3 +375,9 @@ def test_fits_that_cannot_be_are_refused(without_type_checks):
     two = replace(activations, arrays={"resid_post": activations.values, "gate": activations.values})
     with pytest.raises(ValueError, match=r"\.values needs one site: use \.at\('resid_post'\)"):
         fit_vectors(two)
+
+
+def test_neutral_components_need_single_texts(tiny_model, few_passages):
+    moments = extract_activations(tiny_model("llama"), few_passages, keep="moments")
+    with pytest.raises(ValueError, match="keep='pooled'"):
+        fit_vectors(moments, baseline="neutral_pcs")

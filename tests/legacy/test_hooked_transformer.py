@@ -58,10 +58,6 @@ MODULES = {
 }
 """Which Hugging Face module holds a site, and on which side."""
 ALL = [(family, site) for family in FAMILIES for site in MODULES[family]]
-CENTRING_BUG = pytest.mark.xfail(
-    strict=True, reason="vectors.top_tokens leaves the mean in a direction, which LayerNorm takes out"
-)
-WITH_CENTRING_BUG = ("llama", pytest.param("gpt2", marks=CENTRING_BUG))
 REQUESTS = ["How was it?", "Tell me what the woman at the station had in her bag that morning.", "Why?"]
 
 
@@ -338,7 +334,7 @@ def test_vectors_are_differences_of_hugging_face_means(everything, expected, few
     close(vectors.directions.double(), raw / raw.norm(dim=-1, keepdim=True), 1e-4)
 
 
-@pytest.mark.parametrize("family", WITH_CENTRING_BUG)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_top_tokens_are_those_of_hugging_faces_norm_and_unembedding(hooked, everything, hf_model, family):
     vectors = fit_vectors(everything(family).at("resid_post"))
     table = vectors.top_tokens(hooked(family), 2, k=5)
@@ -354,7 +350,7 @@ def test_top_tokens_are_those_of_hugging_faces_norm_and_unembedding(hooked, ever
         assert table.loc[emotion, "bottom"] == tuple(tokenizer.decode([t]) for t in (-logits).topk(5).indices)
 
 
-@pytest.mark.parametrize("family", WITH_CENTRING_BUG)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_processed_weights_give_the_same_top_tokens(hooked, everything, hf_model, few_passages, family):
     processed = take_over(hf_model(family))
     processed.process_weights_()
