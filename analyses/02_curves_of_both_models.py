@@ -27,19 +27,30 @@ def main() -> None:
     print(bar)
     for curve in curves["nearest_mean"]:
         print(curve.provenance.title, bar.compare(curve))
-    best = [
-        (c.provenance.model, float(c.depth[c.row(c.best_layer)]), *c.best_depth_interval())
-        for c in curves["nearest_mean"]
-    ]
-    title = "20 emotions are told apart best at " + " and ".join(
-        f"depth {at:.2f} ({low:.2f} to {high:.2f}) in {model}" for model, at, low, high in best
-    )
     save(
-        la.plot_curves(curves["nearest_mean"], bar=bar.accuracy, title=title.replace(" and ", "<br>and ")),
+        la.plot_curves(
+            curves["nearest_mean"],
+            bar=bar.accuracy,
+            title=finding("20 emotions are told apart best at", curves["nearest_mean"]),
+        ),
         curves["nearest_mean"],
         "curves_both_models",
     )
-    save(la.plot_curves(curves["mean_cosine_neutral"]), curves["mean_cosine_neutral"], "paper_statistic_both_models")
+    paper = "The paper's statistic (lower is called better) is lowest at"
+    save(
+        la.plot_curves(curves["mean_cosine_neutral"], title=finding(paper, curves["mean_cosine_neutral"])),
+        curves["mean_cosine_neutral"],
+        "paper_statistic_both_models",
+    )
+
+
+def finding(start: str, curves: list[la.LocalizationCurve]) -> str:
+    """Best depth of every model with its 95 % interval over topics."""
+    parts = []
+    for c in curves:
+        low, high = c.best_depth_interval()
+        parts.append(f"depth {c.depth[c.row(c.best_layer)]:.2f} [{low:.2f}, {high:.2f}] in {c.provenance.title}")
+    return f"{start}<br>" + " and ".join(parts)
 
 
 def save(figure, curves: list[la.LocalizationCurve], name: str) -> None:

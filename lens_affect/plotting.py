@@ -43,7 +43,7 @@ def plot_curves(
     title: str | None = None,
     bar: float | None = None,
 ) -> go.Figure:
-    """Localization curves of one score over depth, each with its interval; null band and family-wise threshold of the first.
+    """Localization curves of one score over depth, each with its interval, its null band and its family-wise threshold.
 
     Args:
         curves: one or several with the same score, such as both extraction methods or several models.
@@ -58,17 +58,9 @@ def plot_curves(
         raise ValueError(f"received curves of {sorted({c.score for c in several})}; one figure shows one score")
     first = several[0]
     figure = go.Figure()
-    x = first.depth.numpy()
-    if first.n_permutations:
-        _band(figure, x, first.null_low.numpy(), first.null_high.numpy(), "#999999", "95 % of shuffled labels")
-        figure.add_scatter(
-            x=x,
-            y=first.threshold.numpy(),
-            mode="lines",
-            line={"dash": "dot", "color": "#666666"},
-            name="5 % threshold over all layers",
-            hovertemplate="threshold %{y:.3f}<extra></extra>",
-        )
+    for curve, colour in zip(several, ("#999999",) if len(several) == 1 else PALETTE, strict=False):
+        if curve.n_permutations:
+            _null(figure, curve, colour, named=curve is first)
     if bar is not None:
         figure.add_hline(
             y=bar,
@@ -103,6 +95,23 @@ def plot_curves(
     return figure
 
 
+def _null(figure: go.Figure, curve: LocalizationCurve, colour: str, *, named: bool) -> None:
+    """Where shuffled labels fall, and the family-wise threshold; in the curve's own colour where there are several."""
+    alone = colour == "#999999"
+    names = ("95 % of shuffled labels", "5 % threshold over all layers")
+    low, high = curve.null_low.numpy(), curve.null_high.numpy()
+    _band(figure, curve.depth.numpy(), low, high, colour, names[0] if named else None, opacity=0.2 if alone else 0.08)
+    figure.add_scatter(
+        x=curve.depth.numpy(),
+        y=curve.threshold.numpy(),
+        mode="lines",
+        line={"dash": "dot", "color": "#666666" if alone else colour},
+        name=names[1],
+        showlegend=named,
+        hovertemplate="threshold %{y:.3f}<extra></extra>",
+    )
+
+
 def curve_name(curve: LocalizationCurve, among: Sequence[LocalizationCurve]) -> str:
     """What tells a curve from the others: its stimuli, its model, or both."""
     parts = []
@@ -123,13 +132,21 @@ def curve_title(curve: LocalizationCurve) -> str:
     )
 
 
-def _band(figure: go.Figure, x: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str, name: str | None) -> None:
+def _band(
+    figure: go.Figure,
+    x: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    colour: str,
+    name: str | None,
+    opacity: float = 0.2,
+) -> None:
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     figure.add_scatter(
         x=np.concatenate([x, x[::-1]]),
         y=np.concatenate([low, high[::-1]]),
         fill="toself",
-        fillcolor=f"rgba({red},{green},{blue},0.2)",
+        fillcolor=f"rgba({red},{green},{blue},{opacity})",
         line={"width": 0},
         name=name,
         showlegend=name is not None,

@@ -40,7 +40,7 @@ blockquote { border-left: 3px solid #ddd; margin: .5rem 0; padding: 0 1rem; font
 {% for sentence in headlines %}<p class="finding">{{ sentence }}</p>
 {% endfor %}
 <p class="note">A score above its null says that the labels can be read from a layer, not that the model uses them. Intervals are 95 % over
-topics (held out one at a time); shaded grey is where 95 % of label shufflings fall, and the dotted line is the 5 % threshold after correction over all layers.</p>
+topics (held out one at a time); the faint bands are where 95 % of label shufflings fall, and dotted lines are their 5 % thresholds after correction over all layers.</p>
 {% for section in sections %}
 <h2>{{ section.title }}</h2>
 {% for text in section.texts %}<p>{{ text }}</p>
