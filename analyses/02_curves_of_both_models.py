@@ -50,7 +50,7 @@ def finding(start: str, curves: list[la.LocalizationCurve]) -> str:
     for c in curves:
         low, high = c.best_depth_interval()
         parts.append(f"depth {c.depth[c.row(c.best_layer)]:.2f} [{low:.2f}, {high:.2f}] in {c.provenance.title}")
-    return f"{start}<br>" + " and ".join(parts)
+    return f"{start}<br>" + "<br>and ".join(parts)
 
 
 def save(figure, curves: list[la.LocalizationCurve], name: str) -> None:

@@ -160,7 +160,7 @@ def _layout(figure: go.Figure, title: str, x: str, y: str) -> None:
         template="simple_white",
         width=_WIDTH,
         height=_HEIGHT,
-        margin={"t": 80, "l": 70, "r": 30, "b": 110},
+        margin={"t": 60 + 20 * title.count("<br>"), "l": 70, "r": 30, "b": 110},
         legend={"orientation": "h", "y": -0.24, "x": 0},
     )
     figure.update_xaxes(title_text=x)

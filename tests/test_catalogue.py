@@ -345,6 +345,8 @@ def test_a_full_disk_while_converting_says_where_and_leaves_nothing(entry, empty
 # Several processes; a stand-in that takes its time is in the place of the conversion, which needs heavy imports
 
 CHILD = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit "ignore"
 import json, os, sys, time
 from pathlib import Path
 from lens_affect import catalogue

@@ -11,7 +11,7 @@ from lens_affect.catalogue import CATALOGUE, fetch
 
 pytestmark = pytest.mark.weights
 MODELS = ("smollm2-135m-instruct", "gemma-3-270m")
-EMOTIONS = ("happy", "angry", "afraid", "grateful")
+EMOTIONS = ("happy", "afraid", "angry", "grateful")  # in the order of the paper
 
 
 @pytest.fixture(scope="module")
