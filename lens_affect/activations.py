@@ -4,14 +4,12 @@ Pooling happens inside the hook and the unembedding is never computed, so readin
 Batches are padded on the right with a mask, so a text gives the same vector alone and in any batch.
 """
 
-import json
 import logging
 import math
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -33,9 +31,10 @@ from lens_affect.adapter import (
     pad_token_id,
     run_trunk,
 )
-from lens_affect.results import Provenance, Stopwatch, full_disk_explained, load_result, save_result
+from lens_affect.results import Provenance, Stopwatch, load_result, save_result
 from lens_affect.selfchecks import ensure_checked
 from lens_affect.sites import SITES, Site, resolve_site
+from lens_affect.spool import Moments, Spool, Stored
 from lens_affect.stimuli import Stimuli
 
 log = logging.getLogger(__name__)
@@ -216,48 +215,118 @@ def extract_activations(
         raise ValueError(f"received keep={keep!r}; allowed are 'pooled' and 'moments'")
     _settle_precision(model, encoded, weights)
 
-    shapes = {s.name: (len(chosen), s.width) for s in resolved}
-    if "resid_post" in shapes:
-        shapes["embedding"] = (1, int(model.cfg.d_model))
-    store = _Spool(len(stimuli), shapes, spool) if keep == "pooled" else _Moments(stimuli, shapes)
-    budget = DEFAULT_BATCH_TOKENS if batch_tokens == "auto" else int(batch_tokens)
-    sinks = {s.name: torch.zeros(len(chosen), dtype=torch.long) for s in resolved}
-    done = 0
-    try:
-        for rows in _batches([len(e.ids) for e in encoded], budget):
-            batch, batch_weights = [encoded[r] for r in rows], [weights[r] for r in rows]
-            pooled = _read_batch(
-                model, batch, batch_weights, resolved, chosen, sinks, leave_out=pooling == "mean_without_sinks"
-            )
-            _require_finite(pooled, rows, chosen, model)
-            store.write(rows, pooled)
-            done += len(rows)
-            if progress:
-                progress(done, len(stimuli))
-    except BaseException:
-        store.discard()
-        raise
-
-    _warn_of_sinks(sinks, pooling, len(stimuli))
-    kept, counts, arrays, squares = store.finish()
-    embedding = arrays.pop("embedding", None)
-    squares.pop("embedding", None)
+    reader = _Reader(model, resolved, chosen, leave_out_sinks=pooling == "mean_without_sinks")
+    store = Spool(len(stimuli), reader.shapes, spool) if keep == "pooled" else Moments(stimuli, reader.shapes)
+    stored = _read_all(reader, store, encoded, weights, batch_tokens, progress)
+    _warn_of_sinks(reader.texts_with_sinks, pooling, len(stimuli))
+    embedding = stored.arrays.pop("embedding", None)
+    stored.squares.pop("embedding", None)
     return Activations(
-        arrays=arrays,
-        squares=squares,
-        counts=counts,
+        arrays=stored.arrays,
+        squares=stored.squares,
+        counts=stored.counts,
         layers=chosen,
         embedding={} if embedding is None else {"embedding": embedding[:, 0]},
-        stimuli=stimuli if keep == "pooled" else stimuli.select(rows=kept),
+        stimuli=stimuli if keep == "pooled" else stimuli.select(rows=stored.rows),
         n_layers=int(model.cfg.n_layers),
         pooling=pooling,
-        texts_with_sinks=sinks,
+        texts_with_sinks=reader.texts_with_sinks,
         provenance=model_info(model).provenance.updated(
             stimuli_hash=stimuli.hash,
             bos="+".join(sorted({e.bos for e in encoded})),
             elapsed_seconds=clock.seconds,
         ),
     )
+
+
+class _Reader:
+    """Hooks that pool, kept on the model while batch after batch passes: adding them costs a bridge 2 % of a batch's time."""
+
+    def __init__(
+        self, model: LensModel, sites: list[Site], layers: tuple[int, ...], *, leave_out_sinks: bool = False
+    ) -> None:
+        self.texts_with_sinks = {s.name: torch.zeros(len(layers), dtype=torch.long) for s in sites}
+        self.shapes = {s.name: (len(layers), s.width) for s in sites}
+        self.model, self.layers, self._leave_out = model, layers, leave_out_sinks
+        self._weight = torch.empty(0)
+        self._pooled: dict[str, Tensor] = {}
+        self._hooks = [
+            (s.at(layer), self._pool(s.name, i, self.texts_with_sinks[s.name][i : i + 1]))
+            for s in sites
+            for i, layer in enumerate(layers)
+        ]
+        if "resid_post" in self.shapes:
+            self.shapes["embedding"] = (1, int(model.cfg.d_model))
+            self._hooks.append((resolve_site(model, "resid_pre").at(0), self._pool("embedding", 0, None)))
+        self._placed: AbstractContextManager[Any] = nullcontext()
+
+    def __enter__(self) -> "_Reader":
+        self._placed = add_hooks(self.model, self._hooks)
+        self._placed.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._placed.__exit__(*error)
+
+    def read(
+        self, batch: list[Encoded], weights: list[dict[int, float]]
+    ) -> dict[str, Float[Tensor, "row layer width"]]:
+        """Pooled rows of one batch by site; `embedding` beside resid_post."""
+        device = device_of(self.model)
+        tokens, mask = pad_right(batch, pad_token_id(self.model), device)
+        weight = torch.zeros(tokens.shape, dtype=torch.float32)
+        for row, positions in enumerate(weights):
+            weight[row, list(positions)] = torch.tensor(list(positions.values()))
+        self._weight = weight.to(device)
+        self._pooled = {name: torch.full((len(batch), *shape), math.nan) for name, shape in self.shapes.items()}
+        run_trunk(self.model, tokens, mask)
+        return self._pooled
+
+    def _pool(self, name: str, entry: int, counter: Tensor | None) -> Callable[..., None]:
+        width = self.shapes[name][1] if name in self.shapes else int(self.model.cfg.d_model)
+
+        def hook(value: Tensor, hook: Any = None) -> None:
+            flat = value.flatten(2)
+            if flat.shape[-1] != width:
+                raise RuntimeError(
+                    f"{getattr(hook, 'name', 'a hook')} is {flat.shape[-1]} wide; its config promises {width}"
+                )
+            flat, used = flat.float(), self._weight
+            if counter is not None:
+                is_sink = _sinks(flat, used)
+                counter.add_(int(is_sink.any(1).sum()))
+                if self._leave_out:
+                    used = used * ~is_sink
+                    used = used / used.sum(1, keepdim=True)
+            self._pooled[name][:, entry].copy_(torch.bmm(used[:, None, :], flat)[:, 0])
+
+        return hook
+
+
+def _read_all(
+    reader: _Reader,
+    store: Spool | Moments,
+    encoded: list[Encoded],
+    weights: list[dict[int, float]],
+    batch_tokens: int | Literal["auto"],
+    progress: Progress | None,
+) -> Stored:
+    """Every text through the model, in batches of similar length; nothing is left behind when something fails."""
+    budget = DEFAULT_BATCH_TOKENS if batch_tokens == "auto" else int(batch_tokens)
+    done = 0
+    try:
+        with reader:
+            for rows in _batches([len(e.ids) for e in encoded], budget):
+                pooled = reader.read([encoded[r] for r in rows], [weights[r] for r in rows])
+                _require_finite(pooled, rows, reader)
+                store.write(rows, pooled)
+                done += len(rows)
+                if progress:
+                    progress(done, len(encoded))
+    except BaseException:
+        store.discard()
+        raise
+    return store.finish()
 
 
 def _check_layers(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
@@ -328,63 +397,6 @@ def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         start += size
 
 
-def _read_batch(
-    model: LensModel,
-    batch: list[Encoded],
-    weights: list[dict[int, float]],
-    sites: list[Site],
-    layers: tuple[int, ...],
-    sinks: dict[str, Tensor] | None = None,
-    *,
-    leave_out: bool = False,
-) -> dict[str, Float[Tensor, "row layer width"]]:
-    device = device_of(model)
-    tokens, mask = pad_right(batch, pad_token_id(model), device)
-    weight = torch.zeros(tokens.shape, dtype=torch.float32)
-    for row, positions in enumerate(weights):
-        weight[row, list(positions)] = torch.tensor(list(positions.values()))
-    weight = weight.to(device)
-    pooled: dict[str, Tensor] = {s.name: torch.full((len(batch), len(layers), s.width), math.nan) for s in sites}
-
-    def pool(target: Tensor, width: int, counter: Tensor | None) -> Callable[..., None]:
-        def hook(value: Tensor, hook: Any = None) -> None:
-            flat = value.flatten(2)
-            if flat.shape[-1] != width:
-                raise RuntimeError(
-                    f"{getattr(hook, 'name', 'a hook')} is {flat.shape[-1]} wide; its config promises {width}"
-                )
-            flat, used = flat.float(), weight
-            if counter is not None:
-                is_sink = _sinks(flat, weight)
-                counter.add_(int(is_sink.any(1).sum()))
-                if leave_out:
-                    used = weight * ~is_sink
-                    used = used / used.sum(1, keepdim=True)
-            target.copy_(torch.bmm(used[:, None, :], flat)[:, 0])
-
-        return hook
-
-    hooks = [
-        (
-            s.at(layer),
-            pool(pooled[s.name][:, i], s.width, None if sinks is None else sinks[s.name][i : i + 1]),
-        )
-        for s in sites
-        for i, layer in enumerate(layers)
-    ]
-    if any(s.name == "resid_post" for s in sites):
-        pooled["embedding"] = torch.full((len(batch), 1, int(model.cfg.d_model)), math.nan)
-        hooks.append(
-            (
-                resolve_site(model, "resid_pre").at(0),
-                pool(pooled["embedding"][:, 0], int(model.cfg.d_model), None),
-            )
-        )
-    with add_hooks(model, hooks):
-        run_trunk(model, tokens, mask)
-    return pooled
-
-
 def _sinks(
     flat: Float[Tensor, "row position width"], weight: Float[Tensor, "row position"]
 ) -> Bool[Tensor, "row position"]:
@@ -404,15 +416,15 @@ def _warn_of_sinks(sinks: dict[str, Tensor], pooling: str, n_texts: int) -> None
         )
 
 
-def _require_finite(pooled: dict[str, Tensor], rows: list[int], layers: tuple[int, ...], model: LensModel) -> None:
+def _require_finite(pooled: dict[str, Tensor], rows: list[int], reader: "_Reader") -> None:
     for site, values in pooled.items():
         bad = (~values.isfinite()).any(-1).nonzero()
         if len(bad):
             row, entry = bad[0].tolist()
-            layer = "embedding" if site == "embedding" else layers[entry]
+            layer = "embedding" if site == "embedding" else reader.layers[entry]
             raise ValueError(
                 f"received activations that are not finite: {site}, layer {layer}, text {rows[row]}, in "
-                f"{model_info(model).provenance.dtype}; load the model with dtype=torch.float32 or bfloat16 (Gemma overflows in float16)"
+                f"{model_info(reader.model).provenance.dtype}; load the model with dtype=torch.float32 or bfloat16 (Gemma overflows in float16)"
             )
 
 
@@ -424,9 +436,10 @@ def _settle_precision(model: LensModel, encoded: list[Encoded], weights: list[di
     rows = sorted({0, len(encoded) // 3, 2 * len(encoded) // 3, len(encoded) - 1})
     batch, pooling = [encoded[r] for r in rows], [weights[r] for r in rows]
     site, layers = [resolve_site(model, "resid_post")], tuple(range(int(model.cfg.n_layers)))
-    coarse = _read_batch(model, batch, pooling, site, layers)
-    info.restore_float32()
-    fine = _read_batch(model, batch, pooling, site, layers)
+    with _Reader(model, site, layers) as reader:
+        coarse = reader.read(batch, pooling)
+        info.restore_float32()
+        fine = reader.read(batch, pooling)
     worst = torch.stack([torch.cosine_similarity(coarse[k], fine[k], dim=-1).min() for k in fine]).min().item()
     if worst >= MINIMUM_COSINE:
         cast_parameters(model, torch.bfloat16)  # pyright: ignore[reportArgumentType]
@@ -434,97 +447,3 @@ def _settle_precision(model: LensModel, encoded: list[Encoded], weights: list[di
         info.precision_is_automatic = True
     else:
         log.warning("bfloat16 keeps a cosine of only %.4f with float32 under this pooling: reading in float32", worst)
-
-
-class _Spool:
-    """Rows written as they come into safetensors files, then memory-mapped. Plain writes: written pages cost no resident memory."""
-
-    def __init__(self, n_rows: int, shapes: dict[str, tuple[int, int]], folder: str | os.PathLike[str] | None) -> None:
-        self._n_rows = n_rows
-        self._temporary = None if folder else tempfile.mkdtemp(prefix="lens_affect-")
-        self._folder = Path(folder or str(self._temporary))
-        self._files: dict[str, tuple[int, int]] = {}
-        try:
-            with full_disk_explained(self._folder):
-                self._folder.mkdir(parents=True, exist_ok=True)
-                for name, shape in shapes.items():
-                    self._reserve(name, shape)
-        except BaseException:
-            self.discard()
-            raise
-
-    def _path(self, name: str) -> Path:
-        return self._folder / f"{name}.safetensors"
-
-    def _reserve(self, name: str, shape: tuple[int, int]) -> None:
-        """A file with its header and room for all rows, so that a disk that is too small is found before any long work starts."""
-        size = self._n_rows * math.prod(shape) * 4
-        header = json.dumps(
-            {name: {"dtype": "F32", "shape": [self._n_rows, *shape], "data_offsets": [0, size]}}
-        ).encode()
-        header += b" " * (-len(header) % 8)
-        self._path(name).unlink(missing_ok=True)  # an earlier result may still be mapped from a file of this name
-        descriptor = os.open(self._path(name), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        self._files[name] = (descriptor, 8 + len(header))
-        os.pwrite(descriptor, len(header).to_bytes(8, "little") + header, 0)
-        os.posix_fallocate(descriptor, 8 + len(header), max(size, 1))
-
-    def write(self, rows: list[int], pooled: dict[str, Tensor]) -> None:
-        with full_disk_explained(self._folder):
-            for name, values in pooled.items():
-                descriptor, offset = self._files[name]
-                for row, value in zip(rows, values, strict=True):
-                    data = value.contiguous().numpy().tobytes()
-                    os.pwrite(descriptor, data, offset + row * len(data))
-
-    def finish(self) -> tuple[list[int], Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        from safetensors.torch import load_file
-
-        arrays: dict[str, Tensor] = {}
-        for name, (descriptor, _) in self._files.items():
-            os.close(descriptor)
-            arrays |= load_file(self._path(name))
-        if self._temporary is not None:
-            # An unlinked file stays readable through its mapping, so the folder's name is not needed any more.
-            shutil.rmtree(self._temporary, ignore_errors=True)
-        return list(range(self._n_rows)), torch.ones(self._n_rows, dtype=torch.long), arrays, {}
-
-    def discard(self) -> None:
-        """Leave nothing behind."""
-        for name, (descriptor, _) in self._files.items():
-            os.close(descriptor)
-            self._path(name).unlink(missing_ok=True)
-        if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-
-
-class _Moments:
-    """Mean and mean square per (emotion, group) cell."""
-
-    def __init__(self, stimuli: Stimuli, shapes: dict[str, tuple[int, int]]) -> None:
-        cells: dict[tuple[str, str], int] = {}
-        self._first: list[int] = []
-        self._cell = []
-        for row, key in enumerate(zip(stimuli.emotions, stimuli.groups, strict=True)):
-            if key not in cells:
-                cells[key] = len(cells)
-                self._first.append(row)
-            self._cell.append(cells[key])
-        self._counts = torch.zeros(len(cells), dtype=torch.long)
-        self._mean = {name: torch.zeros(len(cells), *shape) for name, shape in shapes.items()}
-        self._square = {name: torch.zeros(len(cells), *shape) for name, shape in shapes.items()}
-
-    def write(self, rows: list[int], pooled: dict[str, Tensor]) -> None:
-        for i, row in enumerate(rows):
-            cell = self._cell[row]
-            self._counts[cell] += 1
-            for name, values in pooled.items():
-                # Running means do not lose digits as sums of squares of large activations would.
-                self._mean[name][cell] += (values[i] - self._mean[name][cell]) / self._counts[cell]
-                self._square[name][cell] += (values[i] ** 2 - self._square[name][cell]) / self._counts[cell]
-
-    def finish(self) -> tuple[list[int], Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        return self._first, self._counts, self._mean, self._square
-
-    def discard(self) -> None:
-        """Nothing is on disk."""
