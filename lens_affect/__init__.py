@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from lens_affect.generation import Generated as Generated
     from lens_affect.generation import Intervention as Intervention
     from lens_affect.generation import generate as generate
-    from lens_affect.localization import LexicalBar as LexicalBar
+    from lens_affect.lexical import LexicalBar as LexicalBar
+    from lens_affect.lexical import lexical_bar as lexical_bar
     from lens_affect.localization import LocalizationCurve as LocalizationCurve
-    from lens_affect.localization import lexical_bar as lexical_bar
     from lens_affect.localization import localize as localize
     from lens_affect.models import load_model as load_model
     from lens_affect.plotting import plot_curves as plot_curves
@@ -58,7 +58,7 @@ _HOME = {
     "EmotionVectors": "vectors",
     "Generated": "generation",
     "Intervention": "generation",
-    "LexicalBar": "localization",
+    "LexicalBar": "lexical",
     "LocalizationCurve": "localization",
     "Provenance": "results",
     "Site": "sites",
@@ -71,7 +71,7 @@ _HOME = {
     "extract_protocol": "protocols",
     "fit_vectors": "vectors",
     "generate": "generation",
-    "lexical_bar": "localization",
+    "lexical_bar": "lexical",
     "load_model": "models",
     "load_prompts": "stimuli",
     "load_stimuli": "stimuli",

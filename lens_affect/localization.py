@@ -18,20 +18,12 @@ from scipy import stats
 from torch import Tensor
 
 from lens_affect.activations import Activations
+from lens_affect.designs import Design, draw_labellings, make_design
+from lens_affect.nulls import max_null, p_text
 from lens_affect.results import Provenance, Stopwatch, load_result, save_result
-from lens_affect.scores import SCORE_LAYER, SCORES, Design, LayerScores, accuracy_scores
-from lens_affect.statistics import (
-    Better,
-    Interval,
-    derive_seed,
-    jackknife_interval,
-    max_null,
-    mean_interval,
-    p_text,
-    permute_labels,
-    resample_clusters,
-)
-from lens_affect.stimuli import EMOTIONS, NEUTRAL, Stimuli
+from lens_affect.scores import SCORE_LAYER, SCORES, LayerScores
+from lens_affect.statistics import Better, Interval, jackknife_interval, mean_interval, resample_clusters
+from lens_affect.stimuli import NEUTRAL, Stimuli
 
 EMBEDDING = "embedding"
 PERMUTATIONS_AT_ONCE = 50
@@ -235,7 +227,7 @@ def localize(
     stimuli = activations.stimuli
     design, emotions = make_design(stimuli, n_splits=n_splits, seed=seed)
     _check_score(score, design, stimuli)
-    labellings = _labellings(stimuli, design, n_permutations, seed)
+    labellings = draw_labellings(stimuli, design, n_permutations, seed)
     rows, kind = _rows(activations), SCORES[score].kind
 
     observed: list[LayerScores] = []
@@ -318,95 +310,6 @@ def _check_score(score: str, design: Design, stimuli: Stimuli) -> None:
         raise ValueError(
             f"score='valence' needs pleasant and unpleasant emotions with known valence (stimuli.EMOTIONS); labels are {list(stimuli.labels)}"
         )
-
-
-def make_design(stimuli: Stimuli, *, n_splits: int | None = None, seed: int = 0) -> tuple[Design, tuple[str, ...]]:
-    """Folds that keep groups together, and the classes.
-
-    Raises:
-        ValueError: fewer than two emotions, fewer groups than folds, or a fold whose training set lacks a class.
-    """
-    emotions = tuple(e for e in stimuli.labels if e != NEUTRAL)
-    if len(emotions) < 2:
-        raise ValueError(f"received the emotions {list(emotions)}; telling apart needs at least two")
-    labels = np.array([emotions.index(e) if e != NEUTRAL else -1 for e in stimuli.emotions])
-    groups = list(dict.fromkeys(g for g, label in zip(stimuli.groups, labels, strict=True) if label >= 0))
-    # Neutral texts of a topic without emotional ones never enter a score that holds topics out.
-    number = {g: i for i, g in enumerate(groups)}
-    clusters = np.array([number.get(g, -1) for g in stimuli.groups])
-    folds_of = _folds(stimuli, groups, labels, n_splits, seed)
-    folds = np.array([folds_of[c] if c >= 0 and label >= 0 else -1 for c, label in zip(clusters, labels, strict=True)])
-    n_folds = max(folds_of) + 1
-    for fold in range(n_folds):
-        lacking = set(range(len(emotions))) - set(labels[(folds != fold) & (labels >= 0)].tolist())
-        if lacking:
-            raise ValueError(
-                f"received {len(groups)} groups for {n_folds} folds; without fold {fold} no text of {emotions[min(lacking)]!r} is left to learn "
-                "from: add groups for that emotion, or use fewer folds"
-            )
-    known = [EMOTIONS.get(e) for e in emotions]
-    positive = tuple(None if e is None else e.valence == "positive" for e in known)
-    return Design(labels, len(emotions), folds, n_folds, clusters, len(groups), positive), emotions
-
-
-def _folds(stimuli: Stimuli, groups: list[str], labels: np.ndarray, n_splits: int | None, seed: int) -> list[int]:
-    n = n_splits if n_splits is not None else (len(groups) if stimuli.design == "crossed" else 5)
-    if not 2 <= n <= len(groups):
-        raise ValueError(
-            f"received {len(groups)} groups for {n} folds; allowed are 2 to {len(groups)} folds (groups are never split)"
-        )
-    if n == len(groups):
-        return list(range(n))
-    from sklearn.model_selection import KFold, StratifiedKFold
-
-    random_state = derive_seed(seed, "folds") % 2**32
-    found = [0] * len(groups)
-    if stimuli.design == "nested":
-        of_group = {g: label for g, label in zip(stimuli.groups, labels.tolist(), strict=True) if label >= 0}
-        target = np.array([of_group[g] for g in groups])
-        smallest = int(np.bincount(target).min())
-        if smallest < n:
-            raise ValueError(
-                f"received an emotion with {smallest} groups for {n} folds; every fold needs one of each emotion: use n_splits={max(smallest, 2)}"
-            )
-        splitter = StratifiedKFold(n, shuffle=True, random_state=random_state).split(np.zeros(len(groups)), target)
-    else:
-        splitter = KFold(n, shuffle=True, random_state=random_state).split(np.zeros(len(groups)))
-    for fold, (_, held_out) in enumerate(splitter):
-        for g in held_out:
-            found[g] = fold
-    return found
-
-
-def _labellings(stimuli: Stimuli, design: Design, n_permutations: int, seed: int) -> Tensor:
-    """The true labels first, then the relabellings; neutral texts keep theirs."""
-    labels = torch.from_numpy(design.labels)
-    if not n_permutations:
-        return labels[None]
-    emotional = np.flatnonzero(design.labels >= 0)
-    if stimuli.design == "crossed":
-        order = permute_labels(
-            [stimuli.emotions[i] for i in emotional],
-            [stimuli.groups[i] for i in emotional],
-            design="crossed",
-            n_permutations=n_permutations,
-            seed=seed,
-        )
-    else:
-        # Whole groups swap labels, but within a fold: a fold keeps its composition, so every relabelling has a score.
-        first = np.array([emotional[design.clusters[emotional] == c][0] for c in range(design.n_clusters)])
-        swapped = permute_labels(
-            [stimuli.emotions[i] for i in first],
-            [str(design.folds[i]) for i in first],
-            design="crossed",
-            n_permutations=n_permutations,
-            seed=seed,
-        )
-        position = {int(item): i for i, item in enumerate(emotional)}
-        order = np.array([position[int(item)] for item in first])[swapped][:, design.clusters[emotional]]
-    drawn = labels[None].repeat(n_permutations + 1, 1)
-    drawn[1:, torch.from_numpy(emotional)] = labels[torch.from_numpy(emotional[order])]
-    return drawn
 
 
 def _rows(activations: Activations) -> list[tuple[str, float, Tensor]]:
@@ -525,78 +428,3 @@ def _emotion_interval(seen: np.ndarray, kind: str) -> tuple[float, float]:
         return float(found.low), float(found.high)
     interval = mean_interval(seen)
     return float(interval.low), float(interval.high)
-
-
-@dataclass(frozen=True)
-class LexicalBar:
-    """What a bag of words reaches on the same texts and splits: the bar that a model's vectors must clear."""
-
-    accuracy: float
-    """Held-out accuracy, averaged over groups, of the better of two classifiers (chosen on the same texts: a bar that is rather too high)."""
-    low: float
-    """Lower 95 % limit over groups."""
-    high: float
-    """Upper 95 % limit over groups."""
-    classifier: str
-    """`tf-idf logistic` or `naive Bayes`."""
-    per_cluster: Float[Tensor, " cluster"]
-    """Accuracy per group."""
-    n_texts: int
-    """Texts."""
-
-    def compare(self, curve: LocalizationCurve) -> Interval:
-        """Accuracy of the curve, each topic at the layer that is best on the other topics, minus the bar, paired by topic.
-
-        Raises:
-            ValueError: a score that is no accuracy, or other texts.
-        """
-        if SCORES[curve.score].kind != "accuracy" or curve.per_cluster.shape[0] != len(self.per_cluster):
-            raise ValueError(
-                f"received a curve of {curve.score} over {curve.per_cluster.shape[0]} groups; the bar needs an accuracy over {len(self.per_cluster)}"
-            )
-        return mean_interval((curve.selected() - self.per_cluster).numpy())
-
-    def __str__(self) -> str:
-        return f"bag of words ({self.classifier}): held-out accuracy {self.accuracy:.3f} [{self.low:.3f}, {self.high:.3f}], {self.n_texts} texts"
-
-
-def lexical_bar(stimuli: Stimuli, *, n_splits: int | None = None, seed: int = 0) -> LexicalBar:
-    """Held-out accuracy of bag-of-words classifiers on exactly the folds that `localize` uses.
-
-    Args:
-        stimuli: the texts; neutral ones are left out.
-        n_splits: as in `localize`.
-        seed: as in `localize`.
-    """
-    from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.naive_bayes import MultinomialNB
-    from sklearn.pipeline import make_pipeline
-
-    design, _ = make_design(stimuli, n_splits=n_splits, seed=seed)
-    texts = np.array(stimuli.texts, dtype=object)
-    classifiers = {
-        "tf-idf logistic": make_pipeline(TfidfVectorizer(sublinear_tf=True), LogisticRegression(C=10, max_iter=1000)),
-        "naive Bayes": make_pipeline(CountVectorizer(), MultinomialNB()),
-    }
-    found: dict[str, Tensor] = {}
-    for name, classifier in classifiers.items():
-        correct = torch.full((1, len(texts)), torch.nan, dtype=torch.double)
-        for fold in range(design.n_folds):
-            train = (design.folds != fold) & (design.labels >= 0)
-            test = np.flatnonzero(design.folds == fold)
-            classifier.fit(texts[train], design.labels[train])
-            correct[0, torch.from_numpy(test)] = torch.from_numpy(
-                (classifier.predict(texts[test]) == design.labels[test]).astype(float)
-            )
-        found[name] = accuracy_scores(correct, torch.from_numpy(design.labels)[None], design).per_cluster[0]
-    best = max(found, key=lambda name: float(found[name].mean()))
-    interval = mean_interval(found[best].numpy())
-    return LexicalBar(
-        float(interval.estimate),
-        float(interval.low),
-        float(interval.high),
-        best,
-        found[best],
-        int((design.labels >= 0).sum()),
-    )

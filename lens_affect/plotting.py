@@ -11,7 +11,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lens_affect.localization import EMBEDDING, LocalizationCurve
-from lens_affect.statistics import derive_generator, p_text
+from lens_affect.nulls import p_text
+from lens_affect.statistics import derive_generator
 from lens_affect.stimuli import EMOTIONS
 from lens_affect.vectors import EmotionVectors
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lens_affect.designs import Design
 from lens_affect.statistics import Better
 
 
@@ -81,26 +82,6 @@ SCORES: dict[str, Score] = {
     )
 }
 """Every score by name."""
-
-
-@dataclass(frozen=True)
-class Design:
-    """Labels and folds of the texts that are scored; `neutral` rows have label -1 and belong to no fold."""
-
-    labels: Int[np.ndarray, " item"]
-    """Class number of each text, -1 for neutral."""
-    n_classes: int
-    """Number of emotions."""
-    folds: Int[np.ndarray, " item"]
-    """Fold in which a text is held out."""
-    n_folds: int
-    """Number of folds."""
-    clusters: Int[np.ndarray, " item"]
-    """Group number of each text."""
-    n_clusters: int
-    """Number of groups."""
-    positive: tuple[bool | None, ...]
-    """Per class: pleasant, unpleasant, or unknown."""
 
 
 @dataclass(frozen=True)

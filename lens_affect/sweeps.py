@@ -16,10 +16,11 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lens_affect.activations import Activations, extract_activations
-from lens_affect.localization import LexicalBar, LocalizationCurve, lexical_bar, localize
+from lens_affect.lexical import LexicalBar, lexical_bar
+from lens_affect.localization import LocalizationCurve, localize
+from lens_affect.nulls import p_text
 from lens_affect.results import Stopwatch, content_hash, load_result, save_result, write_text_atomically
 from lens_affect.scores import SCORES
-from lens_affect.statistics import p_text
 from lens_affect.stimuli import EMOTIONS, NEUTRAL, Stimuli, load_stimuli
 from lens_affect.stories import Stories, write_stories
 from lens_affect.vectors import EmotionVectors, fit_vectors

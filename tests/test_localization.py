@@ -1,20 +1,14 @@
 """Localization: planted layers are found, noise gives honest p-values and intervals, what cannot be scored is refused."""
 
 import contextlib
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
-from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
-from sklearn.naive_bayes import MultinomialNB
-from sklearn.pipeline import make_pipeline
 
 from lens_affect.activations import extract_activations
-from lens_affect.localization import LocalizationCurve, lexical_bar, localize, make_design
+from lens_affect.localization import LocalizationCurve, localize
 from lens_affect.scores import SCORES
 from tests.test_vectors import crossed, planted
 
@@ -309,30 +303,6 @@ def test_an_unknown_score_is_refused_with_the_list():
     assert all(s.better in ("high", "low") for s in SCORES.values())
 
 
-@pytest.mark.parametrize("n_splits", [1, 9])
-def test_more_folds_than_groups_and_a_single_fold_are_refused(n_splits):
-    with pytest.raises(ValueError, match=rf"received 8 groups for {n_splits} folds; allowed are 2 to 8 folds"):
-        localize(layers(0, [0.0]), n_splits=n_splits)
-
-
-def test_a_nested_emotion_with_fewer_groups_than_folds_is_refused():
-    with pytest.raises(ValueError, match=r"an emotion with 4 groups for 5 folds.*n_splits=4"):
-        localize(nested_noise(0), n_permutations=0)
-
-
-def test_an_emotion_on_one_topic_only_is_refused():
-    activations = layers(0, [0.0], n_topics=3)
-    lonely = [i for i, (e, g) in enumerate(zip(activations.stimuli.emotions, activations.stimuli.groups, strict=True))
-              if e != "sad" or g == "topic 1"]  # fmt: skip
-    with pytest.raises(ValueError, match=r"no text of 'sad' is left to learn from: add groups"):
-        localize(activations.select(rows=lonely))
-
-
-def test_a_single_emotion_is_refused():
-    with pytest.raises(ValueError, match=r"received the emotions \['sad'\]; telling apart needs at least two"):
-        localize(layers(0, [0.0], n_neutral=8).select(emotions=["sad", "neutral"]))
-
-
 def test_moments_are_refused(tiny_model, few_passages):
     moments = extract_activations(tiny_model("llama"), few_passages, keep="moments")
     with pytest.raises(ValueError, match=r"kept as moments; folds need one row per text: extract with keep='pooled'"):
@@ -359,48 +329,3 @@ def test_too_few_possible_relabellings_are_refused_unless_none_are_asked_for():
     nested = nested_noise(0, n_groups=4)  # 4 over 2 = 6, although single texts could be permuted in 12,870 ways
     with pytest.raises(ValueError, match="design that allows only 4 relabellings"):
         localize(nested, n_splits=2)
-
-
-def test_groups_are_never_split_between_folds():
-    for activations, n in ((layers(0, [0.0]), 3), (nested_noise(0), 2)):
-        design, _ = make_design(activations.stimuli, n_splits=n)
-        for cluster in range(design.n_clusters):
-            assert len(set(design.folds[design.clusters == cluster])) == 1
-        assert set(design.folds) == set(range(n))
-
-
-def test_the_lexical_bar_is_scikit_learn_with_leave_one_group_out(passages):
-    chosen = passages.select(emotions=["happy", "sad", "angry", "calm", "neutral"])
-    bar = lexical_bar(chosen)
-    emotional = chosen.select(emotions=["happy", "sad", "angry", "calm"])
-    labels, groups = np.array(emotional.emotions), np.array(emotional.groups)
-    classifiers = {
-        "tf-idf logistic": make_pipeline(TfidfVectorizer(sublinear_tf=True), LogisticRegression(C=10, max_iter=1000)),
-        "naive Bayes": make_pipeline(CountVectorizer(), MultinomialNB()),
-    }
-    found = {}
-    for name, classifier in classifiers.items():
-        predicted = cross_val_predict(classifier, list(emotional.texts), labels, groups=groups, cv=LeaveOneGroupOut())
-        found[name] = np.array([(predicted == labels)[groups == g].mean() for g in dict.fromkeys(groups)])
-    assert bar.accuracy == pytest.approx(max(f.mean() for f in found.values()))
-    np.testing.assert_allclose(bar.per_cluster, found[bar.classifier])
-    assert bar.n_texts == 48
-    low, high = stats.t.interval(0.95, 11, loc=bar.accuracy, scale=stats.sem(found[bar.classifier]))
-    assert (bar.low, bar.high) == pytest.approx((low, high))
-    assert f"{bar.accuracy:.3f} [{bar.low:.3f}, {bar.high:.3f}], 48 texts" in str(bar)
-
-
-def test_a_curve_is_compared_with_the_bar_topic_by_topic(passages):
-    chosen = passages.select(emotions=list(EMOTIONS))
-    bar = lexical_bar(chosen)
-    values = torch.randn(len(chosen), 2, 6, generator=torch.Generator().manual_seed(0))
-    values[:, 1, :4] += 20 * torch.eye(4)[[EMOTIONS.index(e) for e in chosen.emotions]]
-    activations = replace(planted(values, chosen.emotions, chosen.groups), stimuli=chosen)
-    difference = bar.compare(localize(activations, n_permutations=0))
-    assert float(difference.estimate) == pytest.approx(1 - bar.accuracy)
-    paired = stats.t.interval(0.95, 11, loc=1 - bar.accuracy, scale=stats.sem(1 - bar.per_cluster.numpy()))
-    assert (float(difference.low), float(difference.high)) == pytest.approx(paired)
-    with pytest.raises(
-        ValueError, match=r"received a curve of dprime over 12 groups; the bar needs an accuracy over 12"
-    ):
-        bar.compare(localize(activations, score="dprime", n_permutations=0))

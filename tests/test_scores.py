@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 
-from lens_affect.localization import make_design
+from lens_affect.designs import make_design
 from lens_affect.scores import SCORE_LAYER, SCORES
 from lens_affect.vectors import fit_vectors
 from tests.test_vectors import crossed, planted

@@ -9,17 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lens_affect.statistics import (
-    count_permutations,
-    derive_generator,
-    derive_seed,
-    jackknife_interval,
-    max_null,
-    mean_interval,
-    p_text,
-    permute_labels,
-    resample_clusters,
-)
+from lens_affect.nulls import count_permutations, max_null, p_text, permute_labels
+from lens_affect.statistics import derive_generator, derive_seed, jackknife_interval, mean_interval, resample_clusters
 
 CLUSTERS = 12
 REPEATS = 20_000
