@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from lens_affect.scores import SCORES as SCORES
     from lens_affect.selfchecks import CheckReport as CheckReport
     from lens_affect.selfchecks import check_model as check_model
+    from lens_affect.shapes import CurveShape as CurveShape
+    from lens_affect.shapes import curve_shape as curve_shape
     from lens_affect.sites import SITES as SITES
     from lens_affect.sites import Site as Site
     from lens_affect.sites import resolve_site as resolve_site
@@ -55,6 +57,7 @@ _HOME = {
     "Activations": "activations",
     "CheckReport": "selfchecks",
     "ContrastPairs": "stimuli",
+    "CurveShape": "shapes",
     "EmotionVectors": "vectors",
     "Generated": "generation",
     "Intervention": "generation",
@@ -67,6 +70,7 @@ _HOME = {
     "Sweep": "sweeps",
     "SweepSpec": "sweeps",
     "check_model": "selfchecks",
+    "curve_shape": "shapes",
     "extract_activations": "activations",
     "extract_protocol": "protocols",
     "fit_vectors": "vectors",

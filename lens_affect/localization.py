@@ -22,6 +22,7 @@ from lens_affect.designs import Design, draw_labellings, make_design
 from lens_affect.nulls import max_null, p_text
 from lens_affect.results import Provenance, Stopwatch, load_result, save_result
 from lens_affect.scores import SCORE_LAYER, SCORES, LayerScores
+from lens_affect.shapes import CurveShape, curve_shape
 from lens_affect.statistics import Better, Interval, jackknife_interval, mean_interval, resample_clusters
 from lens_affect.stimuli import NEUTRAL, Stimuli
 
@@ -119,6 +120,26 @@ class LocalizationCurve:
         others = (at.sum(0) - at) / (len(at) - 1)
         best = others.argmax(1) if self.better == "high" else others.argmin(1)
         return at[torch.arange(len(at)), best]
+
+    def shape(self, *, seed: int = 0, n_resamples: int = 2000) -> CurveShape:
+        """Whether the curve is a u, an inverted u, rising, falling or flat (shapes.curve_shape), over resampled topics; the embedding stays out.
+
+        Raises:
+            ValueError: fewer than 7 layers.
+        """
+        at = self.layer_rows
+        null = None
+        if self.n_permutations:
+            half = (self.threshold - self.null_mean).abs()[at]  # the family-wise 5 % limit, on both sides
+            null = torch.stack([self.null_mean[at] - half, self.null_mean[at] + half]).numpy()
+            null = null if np.isfinite(null).all() else None
+        return curve_shape(
+            self.depth[at].numpy(),
+            self.resample(n_resamples, seed=seed)[:, at].numpy(),
+            better=self.better,
+            null=null,
+            n_groups=len(self.per_cluster),
+        )
 
     def to_frame(self) -> pd.DataFrame:
         """One row per layer: row, depth, score, low, high, null_mean, null_low, null_high, threshold, p, p_family, n."""
