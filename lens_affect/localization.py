@@ -23,10 +23,12 @@ from lens_affect.nulls import max_null, p_text
 from lens_affect.results import Provenance, Stopwatch, load_result, save_result
 from lens_affect.scores import SCORE_LAYER, SCORES, LayerScores
 from lens_affect.shapes import CurveShape, curve_shape
-from lens_affect.statistics import Better, Interval, jackknife_interval, mean_interval, resample_clusters
+from lens_affect.statistics import Better, Interval, derive_seed, jackknife_interval, mean_interval, resample_clusters
 from lens_affect.stimuli import NEUTRAL, Stimuli
 
 EMBEDDING = "embedding"
+WITH_DIRECTIONS = ("nearest_mean", "dprime", "valence")
+"""Scores that project on directions, for which random ones can stand in."""
 PERMUTATIONS_AT_ONCE = 50
 """Relabellings per matrix product; bounds memory."""
 
@@ -74,7 +76,9 @@ class LocalizationCurve:
     n_emotions: int
     """Classes."""
     n_permutations: int
-    """Relabellings behind the null."""
+    """Draws behind the null."""
+    null: str
+    """`labels`: labels permuted within topics; `directions`: random directions in the place of the emotions'."""
     method: str
     """Name of the stimuli."""
     provenance: Provenance
@@ -174,7 +178,7 @@ class LocalizationCurve:
         i = self.row(self.best_layer)
         low, high = self.best_depth_interval()
         significance = (
-            f"shuffled labels give {self.null_mean[i]:.3f}, family-wise {p_text(float(self.p_family[i]), self.n_permutations)}"
+            f"{'shuffled labels' if self.null == 'labels' else 'random directions'} give {self.null_mean[i]:.3f}, family-wise {p_text(float(self.p_family[i]), self.n_permutations)}"
             if self.n_permutations
             else "no null was computed (n_permutations=0)"
         )
@@ -219,6 +223,7 @@ def localize(
     score: str = "nearest_mean",
     n_splits: int | None = None,
     n_permutations: int = 1000,
+    null: str = "labels",
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> LocalizationCurve:
@@ -229,6 +234,8 @@ def localize(
         score: a name from scores.SCORES.
         n_splits: folds of whole groups; by default one per topic (crossed design), or 5 (groups nested in labels).
         n_permutations: relabellings: within topics, or of whole groups where groups are nested in labels. 0 for none (NaN).
+        null: `labels`, or `directions`: what random combinations of the training texts reach in the place of the emotions' directions
+            (an anisotropy baseline; for nearest_mean, dprime and valence). Values and intervals are the same for both.
         seed: of relabellings and folds.
         progress: called with (rows done, rows in all).
 
@@ -247,8 +254,9 @@ def localize(
     _check(activations, score)
     stimuli = activations.stimuli
     design, emotions = make_design(stimuli, n_splits=n_splits, seed=seed)
-    _check_score(score, design, stimuli)
-    labellings = draw_labellings(stimuli, design, n_permutations, seed)
+    _check_score(score, design, stimuli, null)
+    labellings = draw_labellings(stimuli, design, n_permutations if null == "labels" else 0, seed)
+    draws = _draw_directions(design, n_permutations, seed) if null == "directions" else None
     rows, kind = _rows(activations), SCORES[score].kind
 
     observed: list[LayerScores] = []
@@ -256,8 +264,7 @@ def localize(
     for i, (_, _, x) in enumerate(rows):
         with _one_thread():
             result = SCORE_LAYER[score](x, labellings[:1], design)
-            batches = labellings[1:].split(PERMUTATIONS_AT_ONCE) if n_permutations else ()
-            parts = [SCORE_LAYER[score](x, batch, design) for batch in batches]
+            parts = _null_scores(score, x, labellings, design, draws)
         observed.append(result)
         permuted.append(torch.cat([p.score for p in parts]) if parts else torch.empty(0))
         permuted_emotions.append(
@@ -276,7 +283,7 @@ def localize(
     )  # cluster, row
     clusters = clusters[~clusters.isnan().any(1)]  # a fold that lacks one side has no AUC
     interval, per_cluster = _interval(values, clusters, jackknife=kind in ("cosine", "dprime"))
-    null = _null(values, torch.stack(permuted, 1), SCORES[score].better) if n_permutations else None
+    limits = _null(values, torch.stack(permuted, 1), SCORES[score].better) if n_permutations else None
     nan = torch.full_like(values, torch.nan)
     depths = torch.tensor([d for _, d, _ in rows], dtype=torch.double)
     names = tuple(name for name, _, _ in rows)
@@ -289,7 +296,7 @@ def localize(
         values=values,
         low=torch.from_numpy(interval.low),
         high=torch.from_numpy(interval.high),
-        **(null or dict.fromkeys(("null_mean", "null_low", "null_high", "threshold", "p", "p_family"), nan)),
+        **(limits or dict.fromkeys(("null_mean", "null_low", "null_high", "threshold", "p", "p_family"), nan)),
         per_cluster=per_cluster,
         per_emotion=_per_emotion(
             observed, permuted_emotions, parts, emotions, names, depths, kind, SCORES[score].better
@@ -298,6 +305,7 @@ def localize(
         n_groups=design.n_clusters,
         n_emotions=design.n_classes,
         n_permutations=n_permutations,
+        null=null,
         method=stimuli.name,
         provenance=activations.provenance.updated(seed=seed, elapsed_seconds=clock.seconds),
     )
@@ -324,13 +332,38 @@ def _check(activations: Activations, score: str) -> None:
     _ = activations.values  # says which sites there are if several
 
 
-def _check_score(score: str, design: Design, stimuli: Stimuli) -> None:
+def _check_score(score: str, design: Design, stimuli: Stimuli, null: str) -> None:
+    if null not in ("labels", "directions"):
+        raise ValueError(f"received null={null!r}; allowed are 'labels' and 'directions'")
+    if null == "directions" and score not in WITH_DIRECTIONS:
+        raise ValueError(
+            f"received score={score!r} with null='directions'; allowed are {list(WITH_DIRECTIONS)}: use null='labels'"
+        )
     if score == "mean_cosine_neutral" and NEUTRAL not in stimuli.labels:
         raise ValueError("score='mean_cosine_neutral' needs texts labelled 'neutral'; add some, or use another score")
     if score == "valence" and {True, False} - set(design.positive):
         raise ValueError(
             f"score='valence' needs pleasant and unpleasant emotions with known valence (stimuli.EMOTIONS); labels are {list(stimuli.labels)}"
         )
+
+
+def _draw_directions(design: Design, n_draws: int, seed: int) -> Tensor:
+    """Weights of the texts in each random direction: `[draw, text, emotion]`."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "random directions"))
+    return torch.randn(n_draws, len(design.labels), design.n_classes, generator=generator)
+
+
+def _null_scores(score: str, x: Tensor, labellings: Tensor, design: Design, draws: Tensor | None) -> list[LayerScores]:
+    if draws is None:
+        return [
+            SCORE_LAYER[score](x, batch, design) for batch in labellings[1:].split(PERMUTATIONS_AT_ONCE) if len(batch)
+        ]
+    true = labellings[:1]
+    return [
+        SCORE_LAYER[score](x, true.expand(len(batch), -1), design, batch)
+        for batch in draws.split(PERMUTATIONS_AT_ONCE)
+        if len(batch)
+    ]
 
 
 def _rows(activations: Activations) -> list[tuple[str, float, Tensor]]:

@@ -99,7 +99,8 @@ class LayerScores:
 
 
 Labelling = Int[Tensor, "labelling item"]
-ScoreLayer = Callable[[Float[Tensor, "item d"], Labelling, Design], LayerScores]
+ScoreLayer = Callable[..., LayerScores]
+"""Called with (x[item, d], labellings[labelling, item], design); those that project on directions also take `draws`."""
 
 
 def gram(x: Float[Tensor, "item d"]) -> Float[Tensor, "item item"]:
@@ -111,6 +112,15 @@ def gram(x: Float[Tensor, "item d"]) -> Float[Tensor, "item item"]:
 def _one_hot(labels: Labelling, n_classes: int) -> Float[Tensor, "labelling item label"]:
     hot = torch.nn.functional.one_hot(labels.clamp(min=0), n_classes).double()
     return hot * (labels >= 0)[..., None]
+
+
+def _folds(
+    x: Float[Tensor, "item d"],
+    labellings: Labelling,
+    design: Design,
+    draws: Float[Tensor, "labelling item label"] | None,
+) -> "_Folds":
+    return _Folds(x, labellings, design) if draws is None else _RandomFolds(x, labellings, design, draws)
 
 
 class _Folds:
@@ -145,9 +155,44 @@ class _Folds:
         return projections, inner
 
 
-def score_nearest_mean(x: Float[Tensor, "item d"], labellings: Labelling, design: Design) -> LayerScores:
+class _RandomFolds(_Folds):
+    """Random directions in the place of the class means' directions; everything else as in _Folds.
+
+    Each is a random combination of the training texts, so it lies where the activations spread: in an anisotropic space nearly
+    all of them are nearly parallel, which a direction drawn uniformly over the sphere would not show.
+    """
+
+    def __init__(
+        self,
+        x: Float[Tensor, "item d"],
+        labellings: Labelling,
+        design: Design,
+        draws: Float[Tensor, "labelling item label"],
+    ) -> None:
+        super().__init__(x, labellings, design)
+        self.draws = draws.double() * torch.from_numpy(design.labels >= 0)[None, :, None]
+
+    def held_out(
+        self, test: Int[Tensor, " held"]
+    ) -> tuple[Float[Tensor, "labelling held label"], Float[Tensor, "labelling label label"]]:
+        """Held-out texts projected on the random directions, from the training texts' mean; inner products of the directions."""
+        train = self.hot.sum((0, 2)) > 0
+        train[test] = False
+        weights = self.draws[:, train]
+        weights = weights - weights.mean(1, keepdim=True)
+        kernel = self.kernel[train][:, train]
+        from_mean = self.kernel[test][:, train] - kernel.mean(0)
+        return from_mean @ weights, weights.transpose(1, 2) @ kernel @ weights
+
+
+def score_nearest_mean(
+    x: Float[Tensor, "item d"],
+    labellings: Labelling,
+    design: Design,
+    draws: Float[Tensor, "labelling item label"] | None = None,
+) -> LayerScores:
     """Held-out accuracy of the nearest class mean by cosine, averaged over groups."""
-    folds = _Folds(x, labellings, design)
+    folds = _folds(x, labellings, design, draws)
     correct = torch.full(labellings.shape, torch.nan, dtype=torch.double)
     for test in folds.tests:
         projections, inner = folds.held_out(test)
@@ -194,9 +239,14 @@ def score_logistic(x: Float[Tensor, "item d"], labellings: Labelling, design: De
     return accuracy_scores(correct, labellings, design)
 
 
-def score_dprime(x: Float[Tensor, "item d"], labellings: Labelling, design: Design) -> LayerScores:
+def score_dprime(
+    x: Float[Tensor, "item d"],
+    labellings: Labelling,
+    design: Design,
+    draws: Float[Tensor, "labelling item label"] | None = None,
+) -> LayerScores:
     """Held-out d' per emotion, and its mean over emotions."""
-    folds = _Folds(x, labellings, design)
+    folds = _folds(x, labellings, design, draws)
     shape = (len(labellings), design.n_classes, design.n_folds)
     gap, variance = (
         torch.full(shape, torch.nan, dtype=torch.double),
@@ -217,9 +267,14 @@ def score_dprime(x: Float[Tensor, "item d"], labellings: Labelling, design: Desi
     return LayerScores(per_fold.nanmean((1, 2)), per_fold.nanmean(1), per_fold.nanmean(2), per_fold)
 
 
-def score_valence(x: Float[Tensor, "item d"], labellings: Labelling, design: Design) -> LayerScores:
+def score_valence(
+    x: Float[Tensor, "item d"],
+    labellings: Labelling,
+    design: Design,
+    draws: Float[Tensor, "labelling item label"] | None = None,
+) -> LayerScores:
     """Held-out AUC of pleasant against unpleasant texts within each fold."""
-    folds = _Folds(x, labellings, design)
+    folds = _folds(x, labellings, design, draws)
     sign = torch.tensor([0.0 if p is None else (1.0 if p else -1.0) for p in design.positive], dtype=torch.double)
     weights = torch.where(sign > 0, sign / (sign > 0).sum(), torch.where(sign < 0, sign / (sign < 0).sum(), 0.0))
     areas = torch.full((len(labellings), design.n_folds), torch.nan, dtype=torch.double)

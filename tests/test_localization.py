@@ -8,8 +8,9 @@ import torch
 from scipy import stats
 
 from lens_affect.activations import extract_activations
+from lens_affect.designs import make_design
 from lens_affect.localization import LocalizationCurve, localize
-from lens_affect.scores import SCORES
+from lens_affect.scores import SCORE_LAYER, SCORES
 from tests.test_vectors import crossed, planted
 
 EMOTIONS = ("happy", "calm", "sad", "angry")
@@ -329,3 +330,43 @@ def test_too_few_possible_relabellings_are_refused_unless_none_are_asked_for():
     nested = nested_noise(0, n_groups=4)  # 4 over 2 = 6, although single texts could be permuted in 12,870 ways
     with pytest.raises(ValueError, match="design that allows only 4 relabellings"):
         localize(nested, n_splits=2)
+
+
+@pytest.mark.parametrize("score", ["nearest_mean", "dprime", "valence"])
+def test_random_directions_are_a_null_of_their_own(score):
+    activations = layers(1, [0.0, 3.0], n_topics=12)
+    curve = localize(activations, score=score, n_permutations=200, null="directions", seed=0)
+    labels = localize(activations, score=score, n_permutations=200, seed=0)
+    np.testing.assert_array_equal(curve.values, labels.values)
+    np.testing.assert_array_equal(curve.low, labels.low)
+    assert curve.p_family[1] < 0.01
+    assert curve.p[0] > 0.01
+    assert "random directions give" in str(curve)
+    chance = {"nearest_mean": 0.25, "dprime": 0.0, "valence": 0.5}[score]
+    assert float(curve.null_mean.mean()) == pytest.approx(chance, abs=0.06)
+
+
+def test_a_random_direction_is_a_combination_of_training_texts_scored_by_hand():
+    activations = layers(2, [1.0], n_topics=5)
+    design, _ = make_design(activations.stimuli)
+    x = activations.values[:, 0].double().numpy()
+    draws = torch.randn(3, len(x), 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.from_numpy(design.labels)
+    found = SCORE_LAYER["nearest_mean"](activations.values[:, 0], labels.expand(3, -1), design, draws).score
+    for draw, value in zip(draws.double().numpy(), found, strict=True):
+        correct = []
+        for fold in range(5):
+            train, test = design.folds != fold, design.folds == fold
+            weights = draw[train] - draw[train].mean(0)
+            directions = weights.T @ x[train]
+            directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+            chosen = ((x[test] - x[train].mean(0)) @ directions.T).argmax(1)
+            correct.append((chosen == design.labels[test]).mean())
+        assert float(value) == pytest.approx(np.mean(correct))
+
+
+def test_random_directions_are_refused_where_no_score_projects_on_them():
+    with pytest.raises(ValueError, match=r"received score='mean_cosine_centred' with null='directions'; allowed are"):
+        localize(layers(0, [0.0]), score="mean_cosine_centred", null="directions")
+    with pytest.raises(ValueError, match=r"received null='both'; allowed are 'labels' and 'directions'"):
+        localize(layers(0, [0.0]), null="both")
