@@ -258,7 +258,7 @@ def fit_vectors(
 
     labels, groups = np.array(stimuli.emotions), np.array(stimuli.groups)
     weights = activations.counts.double()
-    raw, reference = _difference_in_means(values, labels, groups, weights, emotions, baseline)
+    raw, reference = difference_in_means(values, labels, groups, weights, emotions, baseline)
     norms = raw.norm(dim=-1)
     directions = torch.where(norms[..., None] > 0, raw / norms[..., None].clamp_min(1e-30), torch.zeros_like(raw))
     reliability = _split_half(values, labels, groups, weights, emotions, baseline, n_halves, seed)
@@ -283,7 +283,7 @@ def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     return torch.einsum("n,nld->ld", weights / weights.sum(), values.double())
 
 
-def _difference_in_means(
+def difference_in_means(
     values: Tensor,
     labels: np.ndarray,
     groups: np.ndarray,
@@ -364,7 +364,7 @@ def _split_half(
                 break  # nested groups: a half can miss an emotion
             index = torch.from_numpy(np.flatnonzero(keep))
             halves.append(
-                _difference_in_means(values[index], labels[keep], groups[keep], weights[index], emotions, baseline)[0]
+                difference_in_means(values[index], labels[keep], groups[keep], weights[index], emotions, baseline)[0]
             )
         if len(halves) == 2:
             cosines.append(torch.cosine_similarity(halves[0], halves[1], dim=-1))
