@@ -9,17 +9,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lens_affect.activations import Activations as Activations
     from lens_affect.activations import extract_activations as extract_activations
+    from lens_affect.anisotropy import Anisotropy as Anisotropy
+    from lens_affect.anisotropy import measure_anisotropy as measure_anisotropy
     from lens_affect.catalogue import CATALOGUE as CATALOGUE
+    from lens_affect.comparison import MethodComparison as MethodComparison
+    from lens_affect.comparison import compare_methods as compare_methods
     from lens_affect.generation import Generated as Generated
     from lens_affect.generation import Intervention as Intervention
     from lens_affect.generation import generate as generate
+    from lens_affect.geometry import GeometryAgreement as GeometryAgreement
+    from lens_affect.geometry import compare_geometry as compare_geometry
     from lens_affect.lexical import LexicalBar as LexicalBar
     from lens_affect.lexical import lexical_bar as lexical_bar
     from lens_affect.localization import LocalizationCurve as LocalizationCurve
     from lens_affect.localization import localize as localize
     from lens_affect.models import load_model as load_model
+    from lens_affect.plotting import plot_anisotropy as plot_anisotropy
     from lens_affect.plotting import plot_curves as plot_curves
     from lens_affect.plotting import plot_emotions as plot_emotions
+    from lens_affect.plotting import plot_methods as plot_methods
     from lens_affect.plotting import plot_reliability as plot_reliability
     from lens_affect.plotting import plot_similarity as plot_similarity
     from lens_affect.plotting import plot_valence_arousal as plot_valence_arousal
@@ -34,6 +42,11 @@ if TYPE_CHECKING:
     from lens_affect.sites import SITES as SITES
     from lens_affect.sites import Site as Site
     from lens_affect.sites import resolve_site as resolve_site
+    from lens_affect.statistics import check_effect_size as check_effect_size
+    from lens_affect.statistics import effect_sizes as effect_sizes
+    from lens_affect.statistics import equivalence as equivalence
+    from lens_affect.statistics import mann_whitney as mann_whitney
+    from lens_affect.statistics import paired_tests as paired_tests
     from lens_affect.stimuli import EMOTIONS as EMOTIONS
     from lens_affect.stimuli import ContrastPairs as ContrastPairs
     from lens_affect.stimuli import Stimuli as Stimuli
@@ -41,6 +54,12 @@ if TYPE_CHECKING:
     from lens_affect.stimuli import load_stimuli as load_stimuli
     from lens_affect.stories import Stories as Stories
     from lens_affect.stories import write_stories as write_stories
+    from lens_affect.study import Recommendation as Recommendation
+    from lens_affect.study import Scorecard as Scorecard
+    from lens_affect.study import load_study as load_study
+    from lens_affect.study import make_scorecard as make_scorecard
+    from lens_affect.study import recommend as recommend
+    from lens_affect.study import run_study as run_study
     from lens_affect.sweeps import Sweep as Sweep
     from lens_affect.sweeps import SweepSpec as SweepSpec
     from lens_affect.sweeps import load_sweep as load_sweep
@@ -50,27 +69,37 @@ if TYPE_CHECKING:
     from lens_affect.vectors import fit_vectors as fit_vectors
 
 _HOME = {
-    "CATALOGUE": "catalogue",
-    "EMOTIONS": "stimuli",
-    "SCORES": "scores",
-    "SITES": "sites",
     "Activations": "activations",
+    "Anisotropy": "anisotropy",
+    "CATALOGUE": "catalogue",
     "CheckReport": "selfchecks",
     "ContrastPairs": "stimuli",
     "CurveShape": "shapes",
+    "EMOTIONS": "stimuli",
     "EmotionVectors": "vectors",
     "Generated": "generation",
+    "GeometryAgreement": "geometry",
     "Intervention": "generation",
     "LexicalBar": "lexical",
     "LocalizationCurve": "localization",
+    "MethodComparison": "comparison",
     "Provenance": "results",
+    "Recommendation": "study",
+    "SCORES": "scores",
+    "SITES": "sites",
+    "Scorecard": "study",
     "Site": "sites",
     "Stimuli": "stimuli",
     "Stories": "stories",
     "Sweep": "sweeps",
     "SweepSpec": "sweeps",
+    "check_effect_size": "statistics",
     "check_model": "selfchecks",
+    "compare_geometry": "geometry",
+    "compare_methods": "comparison",
     "curve_shape": "shapes",
+    "effect_sizes": "statistics",
+    "equivalence": "statistics",
     "extract_activations": "activations",
     "extract_protocol": "protocols",
     "fit_vectors": "vectors",
@@ -79,21 +108,30 @@ _HOME = {
     "load_model": "models",
     "load_prompts": "stimuli",
     "load_stimuli": "stimuli",
+    "load_study": "study",
     "load_sweep": "sweeps",
     "localize": "localization",
+    "make_scorecard": "study",
     "make_spec": "sweeps",
+    "mann_whitney": "statistics",
+    "measure_anisotropy": "anisotropy",
+    "paired_tests": "statistics",
+    "plot_anisotropy": "plotting",
     "plot_curves": "plotting",
     "plot_emotions": "plotting",
+    "plot_methods": "plotting",
     "plot_reliability": "plotting",
     "plot_similarity": "plotting",
     "plot_valence_arousal": "plotting",
+    "recommend": "study",
     "resolve_site": "sites",
+    "run_study": "study",
     "run_sweep": "sweeps",
     "write_report": "report",
     "write_stories": "stories",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0605 - a list of strings
+__all__ = sorted(_HOME)  # noqa: PLE0605 # pyright: ignore[reportUnsupportedDunderAll] - a list of strings
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: `lens-affect sweep MODEL`, `lens-affect catalogue`, `lens-affect doctor MODEL`.
+"""The command line: `lens-affect sweep MODEL`, `scorecard RUN`, `recommend RUN`, `study SPEC`, `catalogue`, `doctor MODEL`.
 
 Exit code 2 for wrong input, 1 for a run that failed. Heavy imports happen inside the commands, so --help answers at once.
 """
@@ -59,6 +59,12 @@ def sweep(
     stories: Annotated[int, typer.Option(help="Stories per emotion.")] = 12,
     story_tokens: Annotated[int, typer.Option(help="Longest story in tokens.")] = 256,
     permutations: Annotated[int, typer.Option(help="Relabellings behind each null.")] = 1000,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="Also compare text, context, pooling and baseline one at a time (ten more readings)."
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     quick: Annotated[
@@ -85,6 +91,7 @@ def sweep(
             "n_stories": stories,
             "story_tokens": story_tokens,
             "n_permutations": permutations,
+            "compare_methods": compare,
             "seed": seed,
             "dtype": dtype,
         }
@@ -114,6 +121,72 @@ def sweep(
         for name in spec.methods:
             print(done.headline(name))
         print(f"Report: {page.absolute()}")
+
+
+@app.command()
+def scorecard(
+    runs: Annotated[list[str], typer.Argument(help="Folders of finished sweeps.")],
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Judge the published claims by finished runs, each by its declared rule."""
+    with _errors():
+        from lens_affect.study import make_scorecard
+        from lens_affect.sweeps import load_sweep
+
+        card = make_scorecard([load_sweep(run) for run in runs])
+        if json:
+            print(card.to_frame().to_json(orient="records", indent=1))
+            return
+        _print_scorecard(card)
+
+
+@app.command()
+def recommend(
+    run: Annotated[str, typer.Argument(help="Folder of a finished sweep.")],
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Which layer, text and pooling to use for a model, with intervals, and what could not be decided."""
+    with _errors():
+        from lens_affect.study import recommend as advise
+        from lens_affect.sweeps import load_sweep
+
+        advice = advise(load_sweep(run))
+        if json:
+            print(advice.to_frame().to_json(orient="records", indent=1))
+            return
+        table = advice.to_frame()
+        table["answer"] = table["answer"].where(table["decided"], "not decided")
+        _print_table(table[["question", "answer", "why"]], f"Recommended for {advice.provenance.title}")
+
+
+@app.command()
+def study(
+    spec: Annotated[str, typer.Argument(help="YAML file, such as analyses/specs/jeong2026.yaml.")],
+    only: Annotated[str, typer.Option(help="Comma-separated cells; all by default.")] = "",
+    out: Annotated[str, typer.Option(help="Folder of the study; runs/NAME by default.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="The demo's size for every model.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Sweep several models from one file and judge the claims over all of them; finished steps are never repeated."""
+    with _errors():
+        from lens_affect.study import load_study, run_study
+        from lens_affect.sweeps import quick as quick_size
+        from lens_affect.sweeps import run_sweep
+
+        asked = load_study(spec)
+        with _progress(quiet or json) as report:
+            card = run_study(
+                asked,
+                out or Path("runs") / asked.name,
+                only=tuple(filter(None, only.split(","))),
+                run=lambda s, *a, **k: run_sweep(quick_size(s) if quick else s, *a, **k),
+                report=report,
+            )
+        if json:
+            print(card.to_frame().to_json(orient="records", indent=1))
+            return
+        _print_scorecard(card)
 
 
 @app.command()
@@ -148,6 +221,15 @@ def doctor(
             for check in report.failed:
                 print(f"{check.name}: {check.advice}", file=sys.stderr)
             raise SystemExit(1)
+
+
+def _print_scorecard(card: Any) -> None:
+    shown = card.to_frame()[
+        ["id", "claim", "model", "source", "sound_statistic", "low", "high", "null", "n", "verdict"]
+    ].round(2)
+    shown = shown.rename(columns={"sound_statistic": "sound"}).astype(object).where(shown.notna(), "")
+    _print_table(shown, "Scorecard")
+    print(card)
 
 
 def _print_table(table: Any, title: str) -> None:

@@ -110,7 +110,7 @@ class MethodComparison:
             if rows.empty:
                 continue
             top = _largest(rows)
-            sure = "" if top["p_holm"] < 0.05 else ", not significant after correction"
+            sure = "" if float(top["p_holm"]) < 0.05 else ", not significant after correction"
             lines.append(
                 f"{metric} changes most with {top['factor']} = {top['level']}: {top['difference']:+.2f} [{top['low']:+.2f}, {top['high']:+.2f}] "
                 f"(Holm p = {top['p_holm']:.3g}{sure})"
@@ -121,7 +121,7 @@ class MethodComparison:
         return f"<p>{html.escape(str(self)).replace(chr(10), '<br>')}</p>{self.effects.round(3).to_html(index=False, border=0)}"
 
 
-def _largest(rows: Any) -> pd.Series:
+def _largest(rows: Any) -> Any:
     return rows.iloc[int(np.abs(rows["difference"].to_numpy(dtype=float)).argmax())]
 
 

@@ -277,7 +277,7 @@ def _bfloat16_gain(bridge: Any, device: torch.device) -> float:
         for dtype in (torch.float32, torch.bfloat16):
             x, w = torch.ones(64, width, dtype=dtype), torch.ones(width, hidden, dtype=dtype)
             start = time.perf_counter()
-            x @ w
+            torch.mm(x, w)
             taken[dtype] = time.perf_counter() - start
         if round_number > 0:  # the first one also sets up the kernels
             ratios.append(taken[torch.float32] / taken[torch.bfloat16])

@@ -4,12 +4,15 @@ Colours are Okabe and Ito's, safe for colour-blind readers; each emotion has one
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from lens_affect.anisotropy import Anisotropy
+from lens_affect.comparison import FACTORS, METRICS, MethodComparison
 from lens_affect.localization import EMBEDDING, LocalizationCurve
 from lens_affect.nulls import p_text
 from lens_affect.statistics import derive_generator
@@ -342,4 +345,104 @@ def plot_emotions(curve: LocalizationCurve, *, title: str | None = None) -> go.F
         )
     _layout(figure, text, curve.unit, "")
     figure.update_layout(height=620, margin={"l": 110, "t": 80, "r": 30, "b": 110})
+    return figure
+
+
+FACTOR_COLOURS = dict(zip(FACTORS, PALETTE, strict=False))
+"""Colour of each factor of a method comparison."""
+
+
+def plot_methods(comparison: MethodComparison, *, metric: str = "accuracy", title: str | None = None) -> go.Figure:
+    """What each choice changes against the reference, one at a time, with its interval over topics.
+
+    Args:
+        comparison: of compare_methods.
+        metric: one of comparison.METRICS.
+        title: a finding; a default states which factor carries the difference.
+
+    Raises:
+        ValueError: an unknown metric.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"received metric {metric!r}; allowed are {list(METRICS)}")
+    effects = comparison.effects
+    table = pd.DataFrame(effects[effects["metric"] == metric]).iloc[::-1]
+    carrier = comparison.carrier(metric)
+    claim = f"{metric} is carried by {carrier}" if carrier else f"no single choice changes {metric} beyond its noise"
+    at = comparison.table
+    start: Any = at[
+        (at["metric"] == metric)
+        & np.all([at[f] == v for f, v in zip(FACTORS, comparison.reference, strict=True)], axis=0)
+    ]
+    value = float(start["value"].to_numpy()[0])
+    figure = go.Figure()
+    for factor, colour in FACTOR_COLOURS.items():
+        rows = table[table["factor"] == factor]
+        if rows.empty:
+            continue
+        figure.add_scatter(
+            x=rows["difference"],
+            y=[f"{factor}: {level}" for level in rows["level"]],
+            mode="markers",
+            marker={
+                "color": colour,
+                "size": 10,
+                "symbol": ["circle" if p < 0.05 else "circle-open" for p in rows["p_holm"]],
+            },
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": (rows["high"] - rows["difference"]).clip(lower=0),
+                "arrayminus": (rows["difference"] - rows["low"]).clip(lower=0),
+                "color": colour,
+            },
+            name=factor,
+            customdata=rows["p_holm"],
+            hovertemplate="%{y}: %{x:+.3f}, Holm p %{customdata:.3g}<extra></extra>",
+        )
+    figure.add_vline(x=0, line={"color": "#666666", "width": 1})
+    _layout(
+        figure,
+        title
+        or f"{comparison.provenance.title}, layer {comparison.layer}<br>{claim}<br>reference ({value:.2f}): {', '.join(comparison.reference)}",
+        f"change of {METRICS[metric].split(' (')[0].split(':')[0]}; filled: p < 0.05 after Holm correction",
+        "",
+    )
+    figure.update_layout(margin={"l": 190, "t": 110, "r": 30, "b": 110})
+    return figure
+
+
+def plot_anisotropy(measures: Anisotropy | Sequence[Anisotropy], *, title: str | None = None) -> go.Figure:
+    """Mean cosine between neutral sentences over depth, with its interval.
+
+    Args:
+        measures: of one model or several.
+        title: a finding; a default states the first model's range.
+    """
+    several = [measures] if isinstance(measures, Anisotropy) else list(measures)
+    figure = go.Figure()
+    for one, colour in zip(several, PALETTE, strict=False):
+        table = one.table
+        x = table["depth"].to_numpy(dtype=float)
+        _band(figure, x, table["low"].to_numpy(dtype=float), table["high"].to_numpy(dtype=float), colour, None)
+        figure.add_scatter(
+            x=x,
+            y=table["mean_cosine"],
+            mode="lines+markers",
+            line={"color": colour},
+            marker={"size": 5},
+            name=f"{one.provenance.title} (n = {one.n_sentences} sentences)",
+            customdata=table[["row", "participation_ratio", "top3_share", "sink_ratio"]],
+            hovertemplate="layer %{customdata[0]}: %{y:.3f}<br>participation ratio %{customdata[1]:.1f}, top three dimensions %{customdata[2]:.0%}, "
+            "first token %{customdata[3]:.0f} times as long<extra></extra>",
+        )
+    first = several[0]
+    layers = first.table[first.table["row"] != EMBEDDING]["mean_cosine"]
+    _layout(
+        figure,
+        title
+        or f"{first.provenance.title}<br>neutral sentences lie within a cosine of {layers.min():.2f} to {layers.max():.2f} of each other, whatever they say",
+        "depth: (layer + 1) / layers; 0: token embedding",
+        "mean cosine, last token",
+    )
     return figure

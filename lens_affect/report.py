@@ -8,14 +8,18 @@ import pandas as pd
 
 from lens_affect.localization import LocalizationCurve
 from lens_affect.plotting import (
+    plot_anisotropy,
     plot_curves,
     plot_emotions,
+    plot_methods,
     plot_reliability,
     plot_similarity,
     plot_valence_arousal,
 )
 from lens_affect.results import write_text_atomically
 from lens_affect.scores import SCORES
+from lens_affect.shapes import MINIMUM_LAYERS
+from lens_affect.study import make_scorecard, recommend
 from lens_affect.sweeps import Sweep
 
 _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
@@ -30,7 +34,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2rem auto
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-top: 1px solid #ddd; padding-top: 1rem; }
 p.finding { background: #f3f6f9; border-left: 4px solid #0072B2; padding: .6rem 1rem; }
 table { border-collapse: collapse; font-size: .85rem; } td, th { padding: .2rem .6rem; border-bottom: 1px solid #eee; text-align: right; }
-td:first-child, th:first-child { text-align: left; } .note { color: #555; font-size: .9rem; } figure { margin: 1rem 0; overflow-x: auto; }
+td:first-child, th:first-child { text-align: left; } td { vertical-align: top; } .note { color: #555; font-size: .9rem; } figure { margin: 1rem 0; overflow-x: auto; }
 blockquote { border-left: 3px solid #ddd; margin: .5rem 0; padding: 0 1rem; font-size: .9rem; }
 </style>
 <script>{{ plotly_js | safe }}</script>
@@ -71,8 +75,16 @@ def write_report(sweep: Sweep, path: str | Path | None = None) -> Path:
     from plotly.offline import get_plotlyjs
 
     first = next(iter(sweep.curves.values()))
-    sections = [_curves(sweep, score) for score in sweep.spec.scores]
-    sections += [_emotions(sweep), _geometry(sweep), _reliability(sweep), _texts(sweep), _provenance(first)]
+    sections = [_scorecard(sweep), *(_curves(sweep, score) for score in sweep.spec.scores)]
+    sections += [
+        _methods(sweep),
+        _anisotropy(sweep),
+        _emotions(sweep),
+        _geometry(sweep),
+        _reliability(sweep),
+        _texts(sweep),
+        _provenance(first),
+    ]
     page = _PAGE.render(
         title=f"Where emotion can be read in {first.provenance.title}",
         headlines=[sweep.headline(method) for method in sweep.spec.methods],
@@ -84,6 +96,68 @@ def write_report(sweep: Sweep, path: str | Path | None = None) -> Path:
 
 def _html(figure: Any) -> str:
     return figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
+
+
+def _scorecard(sweep: Sweep) -> dict[str, Any]:
+    card, advice = make_scorecard(sweep), recommend(sweep)
+    shapes = []
+    for method in sweep.spec.methods:
+        curve = sweep.curves.get((method, "nearest_mean"))
+        if curve is not None and len(curve.layer_rows) >= MINIMUM_LAYERS:
+            shapes.append(f"{curve.score}, {curve.method}: {curve.shape()}.")
+    shown = card.table[
+        [
+            "id",
+            "claim",
+            "published",
+            "paper_statistic",
+            "sound_statistic",
+            "low",
+            "high",
+            "null",
+            "n",
+            "verdict",
+            "source",
+        ]
+    ]
+    verdict = shown.to_html(index=False, border=0, escape=True, na_rep="", float_format="%.2f")
+    rules = card.table[["id", "source", "rule", "note"]].to_html(index=False, border=0, escape=True)
+    return {
+        "title": "Scorecard: published claims against this run",
+        "texts": [f"{str(card).splitlines()[-1]}.", *shapes],
+        "tables": [
+            verdict,
+            f"<details><summary>Rules, and what the statistics are</summary>{rules}</details>",
+            "<h3>What to use for this model</h3>"
+            + advice.table[["question", "answer", "why"]].to_html(index=False, border=0, escape=True),
+        ],
+    }
+
+
+def _methods(sweep: Sweep) -> dict[str, Any]:
+    if sweep.comparison is None:
+        return {}
+    return {
+        "title": "Text, context, pooling, baseline: one changed at a time",
+        "texts": [str(sweep.comparison).replace("\n", ". ") + "."],
+        "figures": [
+            _html(plot_methods(sweep.comparison, metric=m)) for m in ("accuracy", "mean_cosine", "shift", "spread")
+        ],
+        "tables": [
+            f"<details><summary>All cells</summary>{sweep.comparison.table.round(4).to_html(index=False, border=0, escape=True)}</details>"
+        ],
+    }
+
+
+def _anisotropy(sweep: Sweep) -> dict[str, Any]:
+    texts = [str(sweep.anisotropy).replace("\n", "; ") + "."]
+    texts += [
+        f"{method}: at layer {curve.best_layer} accuracy is {float(curve.values[curve.row(curve.best_layer)]):.2f}; random directions from the same "
+        f"activations reach {float(curve.null_mean[curve.row(curve.best_layer)]):.2f} on average, and their family-wise 5 % limit is "
+        f"{float(curve.threshold[curve.row(curve.best_layer)]):.2f}."
+        for method, curve in sweep.directions.items()
+    ]
+    return {"title": "Anisotropy", "texts": texts, "figures": [_html(plot_anisotropy(sweep.anisotropy))]}
 
 
 def _curves(sweep: Sweep, score: str) -> dict[str, Any]:

@@ -16,6 +16,8 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lens_affect.activations import Activations, extract_activations
+from lens_affect.anisotropy import Anisotropy, measure_anisotropy
+from lens_affect.comparison import MethodComparison, compare_methods
 from lens_affect.lexical import LexicalBar, lexical_bar
 from lens_affect.localization import LocalizationCurve, localize
 from lens_affect.nulls import p_text
@@ -58,6 +60,8 @@ class SweepSpec(BaseModel):
     """Draws per story at most."""
     n_permutations: int = Field(default=1000, ge=0)
     """Relabellings behind each null."""
+    compare_methods: bool = False
+    """Also read stories and passages in every context and pooling (comparison.compare_methods); about ten more readings."""
     seed: int = 0
     """Of everything that is drawn."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -83,6 +87,10 @@ def make_spec(**settings: Any) -> SweepSpec:
         raise ValueError(
             f"received {place} = {first['input']!r}: {first['msg']}; allowed keys are {', '.join(SweepSpec.model_fields)}"
         ) from error
+    if spec.compare_methods and set(spec.methods) != {"comprehension", "generation"}:
+        raise ValueError(
+            f"received compare_methods=True with methods {list(spec.methods)}; both are needed: leave methods at its default"
+        )
     unknown = [s for s in spec.scores if s not in SCORES]
     if unknown:
         raise ValueError(f"received scores {unknown}; allowed are {list(SCORES)}")
@@ -111,8 +119,14 @@ class Sweep:
     """Curve per (method, score)."""
     bars: dict[str, LexicalBar]
     """What a bag of words reaches per method."""
+    directions: dict[str, LocalizationCurve]
+    """nearest_mean per method against random directions in the place of random labels; empty if that score was not asked for."""
+    anisotropy: Anisotropy
+    """How narrow the residual stream is, on neutral sentences."""
     stories: Stories | None
     """Account of the generated stories."""
+    comparison: MethodComparison | None
+    """What text, context, pooling and baseline change; None unless `compare_methods` was asked for."""
 
     def headline(self, method: str) -> str:
         """The finding of one method as a sentence, with interval, null and the bag-of-words bar."""
@@ -146,6 +160,16 @@ class Sweep:
             f"the vectors {verdict} the bag-of-words bar of {bar.accuracy:.2f} [{bar.low:.2f}, {bar.high:.2f}] "
             f"(difference {float(gap.estimate):+.2f} [{float(gap.low):+.2f}, {float(gap.high):+.2f}], layer chosen on other topics)"
         )
+
+    def activations(self, method: str) -> Activations:
+        """The pooled activations of one method, memory-mapped from the run's folder.
+
+        Raises:
+            ValueError: a method that was not run.
+        """
+        if method not in self.stimuli:
+            raise ValueError(f"received method {method!r}; this run has {list(self.stimuli)}")
+        return Activations.load(self.folder / "steps" / f"activations-{method}")
 
     def to_frame(self) -> pd.DataFrame:
         """All curves in long form with columns method and score in front."""
@@ -212,6 +236,7 @@ def run_sweep(
     vectors: dict[str, EmotionVectors] = {}
     curves: dict[tuple[str, str], LocalizationCurve] = {}
     bars: dict[str, LexicalBar] = {}
+    directions: dict[str, LocalizationCurve] = {}
     stories: Stories | None = None
     for method in spec.methods:
         if method == "generation":
@@ -232,8 +257,26 @@ def run_sweep(
                     a, score=s, n_permutations=spec.n_permutations, seed=spec.seed, progress=p
                 ),
             )
+        if "nearest_mean" in spec.scores and spec.n_permutations:
+            directions[method] = run.step(
+                f"curve-{method}-nearest_mean-directions",
+                LocalizationCurve,
+                lambda p, a=activations: localize(
+                    a, n_permutations=spec.n_permutations, null="directions", seed=spec.seed, progress=p
+                ),
+            )
         bars[method] = run.step(f"bar-{method}", LexicalBar, lambda p, t=texts: lexical_bar(t, seed=spec.seed))
-    sweep = Sweep(spec, folder, stimuli, vectors, curves, bars, stories)
+    anisotropy: Anisotropy = run.step("anisotropy", Anisotropy, lambda p: measure_anisotropy(run.model))
+    comparison = None
+    if spec.compare_methods:
+        comparison = run.step(
+            "comparison",
+            MethodComparison,
+            lambda p: compare_methods(
+                run.model, stimuli["generation"], stimuli["comprehension"], seed=spec.seed, progress=p
+            ),
+        )
+    sweep = Sweep(spec, folder, stimuli, vectors, curves, bars, directions, anisotropy, stories, comparison)
     write_text_atomically(folder / "curves.csv", sweep.to_frame().to_csv(index=False))
     return sweep
 
@@ -328,7 +371,7 @@ class _Run:
 
     @contextmanager
     def _reported(self, name: str) -> Iterator[Callable[[int, int], None]]:
-        if name == "stories" or name.startswith("activations"):
+        if name in ("stories", "anisotropy", "comparison") or name.startswith("activations"):
             _ = self.model  # loaded before the step's own progress starts
         with self.report(name.replace("-", " ")) as progress:
             yield progress

@@ -291,6 +291,17 @@ def difference_in_means(
     emotions: Sequence[str],
     baseline: Baseline,
 ) -> tuple[Float[Tensor, "emotion layer d_model"], Float[Tensor, "layer d_model"]]:
+    """Class means minus a baseline, not normalised, and what was subtracted.
+
+    Args:
+        values: `[text, layer, d_model]`.
+        labels: emotion of each text; neutral texts serve the baselines that name them.
+        groups: topic of each text.
+        weights: texts behind each row.
+        emotions: which classes, in this order.
+        baseline: as in fit_vectors.
+    """
+
     def rows(mask: np.ndarray) -> Tensor:
         return torch.from_numpy(np.flatnonzero(mask))
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.spatial.distance import pdist
 
 from lens_affect.activations import Activations
 from lens_affect.geometry import AxisAgreement, GeometryAgreement, compare_geometry, emotion_rdm, valence_arousal
@@ -52,18 +53,13 @@ def pair_of(seed, *, shared=1.0, rank=6, emotions=TWELVE, n_topics=12, noise=0.0
         read(into(latent, d, rng), rng, emotions=emotions, n_topics=n_topics, noise=noise, topic=topic)
         for latent, d, topic in zip(latents, (of, 32), topics, strict=True)
     )
-    truth = stats.spearmanr(*(upper(by_hand_rdm(latent)) for latent in latents)).statistic
+    truth = stats.spearmanr(*map(distances, latents)).statistic
     return a, b, truth
 
 
-def by_hand_rdm(means) -> np.ndarray:
-    centred = means - means.mean(0)
-    n = len(means)
-    found = np.zeros((n, n))
-    for i, j in itertools.permutations(range(n), 2):
-        cosine = centred[i] @ centred[j] / (np.linalg.norm(centred[i]) * np.linalg.norm(centred[j]))
-        found[i, j] = 1 - cosine
-    return found
+def distances(means) -> np.ndarray:
+    """Upper triangle of the RDM by scipy."""
+    return pdist(means - means.mean(0), "cosine")
 
 
 def without(activations, groups) -> Activations:
@@ -84,8 +80,9 @@ def test_the_rdm_is_one_minus_the_cosine_of_centred_class_means():
     found = emotion_rdm(planted(values, labels, groups), 1)
     order = ("happy", "sad", "calm", "angry")  # the paper's, as in stimuli.labels
     means = np.stack([values[np.array(labels) == e, 1].mean(0) for e in order])
-    np.testing.assert_allclose(found, by_hand_rdm(means), atol=1e-6)
-    assert found.shape == (4, 4)
+    np.testing.assert_allclose(upper(found), distances(means), atol=1e-6)
+    assert torch.equal(found, found.T)
+    assert (found.diagonal() == 0).all()
 
 
 def test_opposite_emotions_are_two_apart_and_equal_directions_nothing():
@@ -150,17 +147,16 @@ def test_the_correlation_is_that_of_scipy_with_ties_too():
     assert found.rho == pytest.approx(stats.spearmanr(*rounded).statistic, abs=1e-12)
 
 
-def test_unrelated_geometries_have_uniform_p_although_their_entries_depend_on_each_other():
-    p, naive = [], []
+@pytest.mark.parametrize("n_emotions", [4, 12])
+def test_unrelated_geometries_have_uniform_p(n_emotions):
+    p = []
     for seed in range(200):
-        a, b, _ = pair_of(seed, shared=0.0, rank=2, n_topics=1)
-        found = compare_geometry(a, b, layers=(0, 0), n_permutations=99, n_halves=0, seed=seed)
-        p.append(found.p)
-        naive.append(stats.spearmanr(upper(found.rdm_first), upper(found.rdm_second), alternative="greater").pvalue)
+        a, b, _ = pair_of(seed, shared=0.0, emotions=TWELVE[:n_emotions], n_topics=1)
+        p.append(compare_geometry(a, b, layers=(0, 0), n_permutations=99, n_halves=0, seed=seed).p)
     jitter = np.random.default_rng(0).random(200) / 100  # p moves in steps of 1/100
-    assert stats.kstest(np.array(p) - jitter, "uniform").pvalue > 0.01
-    assert 0.01 <= np.mean(np.array(p) <= 0.05) <= 0.1
-    assert stats.kstest(naive, "uniform").pvalue < 0.001  # what counting 66 entries as independent would do
+    assert np.mean(np.array(p) <= 0.05) <= 0.1  # 3 standard errors
+    if n_emotions > 4:  # four have 24 relabellings, and ties then count against the finding
+        assert stats.kstest(np.array(p) - jitter, "uniform").pvalue > 0.01
 
 
 def test_p_is_the_share_of_relabelled_matrices_that_agree_at_least_as_well():
@@ -203,12 +199,12 @@ def test_the_interval_covers_the_expected_agreement(topics):
     latent = rng.standard_normal((2, 12, 6))
     means = into(latent[0], 24, rng), into(0.8 * latent[0] + 0.6 * latent[1], 32, rng)
     found = []
-    for seed in range(60):
+    for seed in range(40):
         rng = np.random.default_rng(seed)
-        a, b = (read(m, rng, noise=0.7, n_topics=8, topic=t) for m, t in zip(means, topics, strict=True))
+        a, b = (read(m, rng, noise=0.7, n_topics=6, topic=t) for m, t in zip(means, topics, strict=True))
         found.append(compare_geometry(a, b, layers=(0, 0), n_permutations=0, n_halves=0))
     expected = np.mean([f.rho for f in found])
-    assert np.mean([f.low <= expected <= f.high for f in found]) >= 0.88  # 0.99 measured; 0.95 less 2.5 standard errors
+    assert np.mean([f.low <= expected <= f.high for f in found]) >= 0.88  # 0.99 measured; 0.95 less 2 standard errors
     widths = np.mean([f.high - f.low for f in found])
     assert widths < 2.5 * 2 * 1.96 * np.std([f.rho for f in found])  # it excludes something
 
@@ -227,11 +223,11 @@ def test_reliability_of_two_groups_is_the_stepped_up_correlation_of_both():
     assert found.corrected_disjoint == pytest.approx(across / math.sqrt(within[0] * within[1]), abs=1e-9)
 
 
-def average(noise, *, n=16, shared=1.0):
+def average(noise, *, n=12, shared=1.0):
     rows = []
     for seed in range(n):
         a, b, truth = pair_of(seed, shared=shared, noise=noise)
-        found = compare_geometry(a, b, layers=(0, 0), n_permutations=0, seed=seed)
+        found = compare_geometry(a, b, layers=(0, 0), n_permutations=0, n_halves=10, seed=seed)
         rows.append((found.rho, found.ceiling, found.corrected, found.corrected_disjoint, truth))
     return np.mean(rows, axis=0)
 
@@ -267,7 +263,7 @@ def test_the_same_texts_agree_beyond_the_ceiling_and_disjoint_halves_say_so():
         rng = np.random.default_rng(seed)
         latent, text_noise = rng.standard_normal((12, 6)), 1.5 * rng.standard_normal((144, 24))
         a, b = (read(into(latent, d, rng), rng, text_noise=text_noise, noise=0.1) for d in (24, 32))
-        found = compare_geometry(a, b, layers=(0, 0), n_permutations=0, seed=seed)
+        found = compare_geometry(a, b, layers=(0, 0), n_permutations=0, n_halves=10, seed=seed)
         rows.append((found.rho, found.ceiling, found.corrected, found.corrected_disjoint))
         assert found.n_shared_texts == 144
         assert "144 texts were read by both" in str(found)
@@ -342,7 +338,11 @@ def test_a_reliability_that_is_not_positive_leaves_no_correction():
     rng = np.random.default_rng(11)
     found = [
         compare_geometry(
-            read(np.zeros((12, 24)), rng, noise=1), read(np.zeros((12, 24)), rng, noise=1), layers=(0, 0), seed=s
+            read(np.zeros((12, 24)), rng, noise=1),
+            read(np.zeros((12, 24)), rng, noise=1),
+            layers=(0, 0),
+            n_halves=5,
+            seed=s,
         )
         for s in range(6)
     ]
@@ -430,7 +430,7 @@ def placed(seed, strength, *, emotions=TWENTY, noise=0.0, n_topics=1, valence=1.
 def test_planted_valence_and_arousal_are_the_two_components():
     found = valence_arousal(placed(0, 20.0), 0, n_permutations=199)
     assert found.best_components == ("pc1", "pc2")
-    assert (found.best > 0.95).all()
+    assert (found.best > 0.9).all()
     assert found.p.tolist() == pytest.approx([1 / 200] * 2)
     assert sum(found.explained) > 0.9
     assert found.null_mean.max() < 0.4
@@ -456,13 +456,13 @@ def test_the_numbers_are_those_of_a_by_hand_loop():
 
 def test_choosing_the_better_component_is_paid_for():
     p, single = [], []
-    for seed in range(200):
+    for seed in range(120):
         vectors = fit_vectors(placed(seed, 0.0), n_halves=0)
         found = valence_arousal(vectors, 0, n_permutations=99, seed=seed)
         p.append(found.p.tolist())
         r = found.best.numpy()
         single.append(2 * stats.t.sf(r * np.sqrt(18 / (1 - r**2)), 18))
-    jitter = np.random.default_rng(0).random((200, 2)) / 100
+    jitter = np.random.default_rng(0).random((120, 2)) / 100
     for axis in range(2):
         assert stats.kstest((np.array(p) - jitter)[:, axis], "uniform").pvalue > 0.01
         assert stats.kstest(np.array(single)[:, axis], "uniform").pvalue < 0.001  # as if it had been the only one
