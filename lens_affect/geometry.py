@@ -511,14 +511,12 @@ def _half_correlations(
     for _ in range(n_halves):
         half: set[str] = set()
         for groups in strata:
-            size = (len(groups) + int(rng.integers(2))) // 2  # of an odd number, either half gets one more
-            half |= {groups[i] for i in rng.permutation(len(groups))[:size]}
-        a1, a2 = pair[0].halves(half)
-        b1, b2 = pair[1].halves(half)
-        if a1 is None or a2 is None or b1 is None or b2 is None:
-            continue  # an emotion with too few groups
-        across = (_spearman(a1, b2) + _spearman(a2, b1)) / 2
-        found.append((_spearman(a1, a2), _spearman(b1, b2), across))
+            # Of an odd number the second half always gets one more: by chance, the emotions of a half would differ in their texts.
+            half |= {groups[i] for i in rng.permutation(len(groups))[: len(groups) // 2]}
+        ranks = [_unit_ranks(rdm) for texts in pair for rdm in texts.halves(half) if rdm is not None]
+        if len(ranks) == 4:  # else an emotion has too few groups
+            a1, a2, b1, b2 = ranks
+            found.append((a1 @ a2, b1 @ b2, (a1 @ b2 + a2 @ b1) / 2))
     if not found:
         return math.nan, math.nan, math.nan
     within_first, within_second, across = np.mean(found, axis=0).tolist()

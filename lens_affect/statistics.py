@@ -583,7 +583,7 @@ def find_sizes(p: float, d: float, *, largest: int = 12, digits: int = 3) -> lis
         )
     found = []
     for (n1, n2), counts in _count_u(largest).items():
-        if n1 > n2 or n1 + n2 < 3:
+        if n1 > n2:
             continue
         tail = 2 * np.cumsum(counts[: n1 * n2 // 2 + 1]) / counts.sum()
         matching = np.abs(np.minimum(tail, 1) - round(p, digits)) <= 0.5 * 10.0**-digits + 1e-12
