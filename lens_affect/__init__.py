@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lens_affect.plotting import plot_reliability as plot_reliability
     from lens_affect.plotting import plot_similarity as plot_similarity
     from lens_affect.plotting import plot_valence_arousal as plot_valence_arousal
+    from lens_affect.plotting import save_figure as save_figure
     from lens_affect.protocols import extract_protocol as extract_protocol
     from lens_affect.report import write_report as write_report
     from lens_affect.results import Provenance as Provenance
@@ -127,6 +128,7 @@ _HOME = {
     "resolve_site": "sites",
     "run_study": "study",
     "run_sweep": "sweeps",
+    "save_figure": "plotting",
     "write_report": "report",
     "write_stories": "stories",
 }

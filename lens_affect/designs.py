@@ -1,5 +1,6 @@
 """How texts are split and relabelled: folds that keep groups together, and relabellings under "the emotion does not matter"."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,7 @@ class Design:
     n_classes: int
     """Number of emotions."""
     folds: Int[np.ndarray, " item"]
-    """Fold in which a text is held out."""
+    """Fold in which a text is held out, -1 if it never is."""
     n_folds: int
     """Number of folds."""
     clusters: Int[np.ndarray, " item"]
@@ -32,8 +33,16 @@ class Design:
     """Per class: pleasant, unpleasant, or unknown."""
 
 
-def make_design(stimuli: Stimuli, *, n_splits: int | None = None, seed: int = 0) -> tuple[Design, tuple[str, ...]]:
+def make_design(
+    stimuli: Stimuli, *, n_splits: int | None = None, test_groups: Sequence[str] | None = None, seed: int = 0
+) -> tuple[Design, tuple[str, ...]]:
     """Folds that keep groups together, and the classes.
+
+    Args:
+        stimuli: the texts.
+        n_splits: folds of whole groups; by default one per group (crossed design), or 5 (groups nested in labels).
+        test_groups: a published split: only these groups are held out, all at once, and all others are learned from.
+        seed: of folds that are drawn.
 
     Raises:
         ValueError: fewer than two emotions, fewer groups than folds, or a fold whose training set lacks a class.
@@ -46,7 +55,9 @@ def make_design(stimuli: Stimuli, *, n_splits: int | None = None, seed: int = 0)
     # Neutral texts of a topic without emotional ones never enter a score that holds topics out.
     number = {g: i for i, g in enumerate(groups)}
     clusters = np.array([number.get(g, -1) for g in stimuli.groups])
-    folds_of = _folds(stimuli, groups, labels, n_splits, seed)
+    folds_of = (
+        _folds(stimuli, groups, labels, n_splits, seed) if test_groups is None else _published(groups, test_groups)
+    )
     folds = np.array([folds_of[c] if c >= 0 and label >= 0 else -1 for c, label in zip(clusters, labels, strict=True)])
     n_folds = max(folds_of) + 1
     for fold in range(n_folds):
@@ -59,6 +70,16 @@ def make_design(stimuli: Stimuli, *, n_splits: int | None = None, seed: int = 0)
     known = [EMOTIONS.get(e) for e in emotions]
     positive = tuple(None if e is None else e.valence == "positive" for e in known)
     return Design(labels, len(emotions), folds, n_folds, clusters, len(groups), positive), emotions
+
+
+def _published(groups: list[str], test_groups: Sequence[str]) -> list[int]:
+    chosen = set(test_groups)
+    unknown = chosen - set(groups)
+    if unknown or not chosen or chosen == set(groups):
+        raise ValueError(
+            f"received {len(chosen)} test groups, {len(unknown)} of them unknown; allowed are some, not all, of the {len(groups)} groups with emotions"
+        )
+    return [0 if g in chosen else -1 for g in groups]
 
 
 def _folds(stimuli: Stimuli, groups: list[str], labels: np.ndarray, n_splits: int | None, seed: int) -> list[int]:

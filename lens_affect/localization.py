@@ -222,6 +222,7 @@ def localize(
     *,
     score: str = "nearest_mean",
     n_splits: int | None = None,
+    test_groups: Sequence[str] | None = None,
     n_permutations: int = 1000,
     null: str = "labels",
     seed: int = 0,
@@ -233,6 +234,7 @@ def localize(
         activations: of one site, one row per text. Neutral rows serve only the score that names them.
         score: a name from scores.SCORES.
         n_splits: folds of whole groups; by default one per topic (crossed design), or 5 (groups nested in labels).
+        test_groups: a published split: only these groups are held out, and directions come from all others (for accuracies).
         n_permutations: relabellings: within topics, or of whole groups where groups are nested in labels. 0 for none (NaN).
         null: `labels`, or `directions`: what random combinations of the training texts reach in the place of the emotions' directions
             (an anisotropy baseline; for nearest_mean, dprime and valence). Values and intervals are the same for both.
@@ -253,8 +255,12 @@ def localize(
     clock = Stopwatch()
     _check(activations, score)
     stimuli = activations.stimuli
-    design, emotions = make_design(stimuli, n_splits=n_splits, seed=seed)
+    design, emotions = make_design(stimuli, n_splits=n_splits, test_groups=test_groups, seed=seed)
     _check_score(score, design, stimuli, null)
+    if test_groups is not None and SCORES[score].kind != "accuracy":
+        raise ValueError(
+            f"received score={score!r} with test_groups; allowed are scores of kind accuracy: nearest_mean, logistic"
+        )
     labellings = draw_labellings(stimuli, design, n_permutations if null == "labels" else 0, seed)
     draws = _draw_directions(design, n_permutations, seed) if null == "directions" else None
     rows, kind = _rows(activations), SCORES[score].kind
@@ -301,8 +307,8 @@ def localize(
         per_emotion=_per_emotion(
             observed, permuted_emotions, parts, emotions, names, depths, kind, SCORES[score].better
         ),
-        n_texts=int((design.labels >= 0).sum()),
-        n_groups=design.n_clusters,
+        n_texts=int(((design.labels >= 0) & (design.folds >= 0)).sum()),
+        n_groups=len(set(design.clusters[design.folds >= 0].tolist())),
         n_emotions=design.n_classes,
         n_permutations=n_permutations,
         null=null,

@@ -3,7 +3,11 @@
 Colours are Okabe and Ito's, safe for colour-blind readers; each emotion has one colour and marker everywhere.
 """
 
+import json
+import logging
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +19,12 @@ from lens_affect.anisotropy import Anisotropy
 from lens_affect.comparison import FACTORS, METRICS, MethodComparison
 from lens_affect.localization import EMBEDDING, LocalizationCurve
 from lens_affect.nulls import p_text
+from lens_affect.results import write_text_atomically
 from lens_affect.statistics import derive_generator
 from lens_affect.stimuli import EMOTIONS
 from lens_affect.vectors import EmotionVectors
+
+log = logging.getLogger(__name__)
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 _MARKERS = ("circle", "square", "diamond", "triangle-up", "x")
@@ -346,6 +353,40 @@ def plot_emotions(curve: LocalizationCurve, *, title: str | None = None) -> go.F
     _layout(figure, text, curve.unit, "")
     figure.update_layout(height=620, margin={"l": 110, "t": 80, "r": 30, "b": 110})
     return figure
+
+
+def save_figure(figure: go.Figure, path: str | os.PathLike[str], *results: Any) -> Path:
+    """Save a figure as HTML (sharing one plotly.min.js per folder), its numbers as JSON, and a PNG where a browser is found.
+
+    Args:
+        figure: what a plot function returned.
+        path: without suffix.
+        results: what the figure shows; their tables and provenance go into the JSON.
+
+    Returns:
+        The path of the HTML file.
+    """
+    place = Path(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    numbers = [
+        {
+            "title": figure.layout.title.text,
+            "table": json.loads(pd.DataFrame(r.to_frame()).to_json(orient="split", index=False, double_precision=10)),
+        }
+        | {"provenance": r.provenance.__dict__}
+        for r in results
+    ]
+    write_text_atomically(place.with_suffix(".json"), json.dumps(numbers, indent=1, default=str))
+    figure.write_html(place.with_suffix(".html"), include_plotlyjs="directory")
+    try:
+        figure.write_image(place.with_suffix(".png"), scale=2)
+    except Exception as error:  # kaleido raises kinds of its own; the interactive figure is there already
+        log.warning(
+            "no PNG of %s (%s); install the group `figures` and a Chromium (BROWSER_PATH)",
+            place.name,
+            str(error).splitlines()[0],
+        )
+    return place.with_suffix(".html")
 
 
 FACTOR_COLOURS = dict(zip(FACTORS, PALETTE, strict=False))

@@ -204,12 +204,12 @@ def score_nearest_mean(
 
 def accuracy_scores(correct: Float[Tensor, "labelling item"], labellings: Labelling, design: Design) -> LayerScores:
     """Accuracy from right-or-wrong per text: per group, then the mean over groups."""
-    emotional = torch.from_numpy(design.labels >= 0)
-    clusters = torch.from_numpy(design.clusters)[emotional]
-    right, labels = correct[:, emotional], labellings[:, emotional]
+    scored = torch.from_numpy((design.labels >= 0) & (design.folds >= 0))
+    clusters = torch.from_numpy(design.clusters)[scored]
+    right, labels = correct[:, scored], labellings[:, scored]
     member = torch.nn.functional.one_hot(clusters, design.n_clusters).double()
-    sizes = member.sum(0)
-    per_cluster = (right @ member)[:, sizes > 0] / sizes[sizes > 0]
+    member = member[:, member.sum(0) > 0]  # groups that are never held out have no accuracy
+    per_cluster = right @ member / member.sum(0)
     hot = _one_hot(labels, design.n_classes)
     hits = torch.einsum("pi,pie,ic->pec", right, hot, member)
     texts = torch.einsum("pie,ic->pec", hot, member)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lens_affect.designs import draw_labellings, make_design
+from lens_affect.localization import localize
 from tests.test_localization import layers, nested_noise
 
 
@@ -62,3 +63,32 @@ def test_an_emotion_on_one_topic_only_is_refused():
 def test_a_single_emotion_is_refused():
     with pytest.raises(ValueError, match=r"received the emotions \['sad'\]; telling apart needs at least two"):
         make_design(layers(0, [0.0], n_neutral=8).select(emotions=["sad", "neutral"]).stimuli)
+
+
+def test_a_published_split_holds_out_its_groups_and_learns_from_the_others():
+    activations = layers(0, [0.0, 2.0], n_topics=9)
+    topics = list(dict.fromkeys(activations.stimuli.groups))
+    design, _ = make_design(activations.stimuli, test_groups=topics[6:])
+    assert design.n_folds == 1
+    held = np.isin(activations.stimuli.groups, topics[6:])
+    assert ((design.folds == 0) == held).all()
+    curve = localize(activations, test_groups=topics[6:], n_permutations=50)
+    x, labels = activations.values[:, 1].numpy(), design.labels
+    means = np.stack([x[~held][labels[~held] == c].mean(0) for c in range(4)])
+    directions = means - means.mean(0)
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    chosen = ((x[held] - means.mean(0)) @ directions.T).argmax(1)
+    assert float(curve.values[1]) == pytest.approx((chosen == labels[held]).mean())
+    assert curve.per_cluster.shape == (3, 2)
+    assert curve.n_texts == 12
+    assert curve.p_family[1] < 0.05 < curve.p_family[0]
+
+
+def test_a_published_split_must_leave_something_to_learn_from_and_to_test():
+    activations = layers(0, [0.0])
+    topics = list(dict.fromkeys(activations.stimuli.groups))
+    for wrong in ([], topics, ["nowhere"]):
+        with pytest.raises(ValueError, match="allowed are some, not all, of the 8 groups"):
+            make_design(activations.stimuli, test_groups=wrong)
+    with pytest.raises(ValueError, match=r"received score='dprime' with test_groups; allowed are"):
+        localize(activations, score="dprime", test_groups=topics[:2])
