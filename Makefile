@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test check test-legacy notebooks figures benchmarks format clean
+.PHONY: demo test check test-legacy notebooks benchmarks format clean
 
 .venv/made: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -45,17 +45,17 @@ check: .venv/installed-dev
 test-legacy: .venv-legacy/installed
 	HF_HUB_OFFLINE=1 .venv-legacy/bin/python -m pytest -c tests/legacy/pytest.ini --rootdir . tests/legacy
 
-# Static images need a Chromium: `apt-get install chromium`, or set BROWSER_PATH.
+# Also draws figures/. Static images need a Chromium: `apt-get install chromium`, or set BROWSER_PATH. LENS_AFFECT_DATA: see analyses/02.
 notebooks: .venv/installed-figures
 	HF_HUB_OFFLINE=1 $(BIN)/jupytext --to notebook --execute analyses/01_layer_sweep.py
-
-figures: .venv/installed-figures
-	HF_HUB_OFFLINE=1 $(BIN)/python analyses/02_curves_of_both_models.py
+	HF_HUB_OFFLINE=1 $(BIN)/jupytext --to notebook --execute analyses/02_shape_and_methods.py
 
 benchmarks: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python analyses/benchmarks/extraction.py
 	HF_HUB_OFFLINE=1 $(BIN)/python analyses/benchmarks/memory.py
 	HF_HUB_OFFLINE=1 $(BIN)/python analyses/benchmarks/generation.py
+	HF_HUB_OFFLINE=1 $(BIN)/python analyses/benchmarks/permutations.py
+	HF_HUB_OFFLINE=1 $(BIN)/python analyses/benchmarks/shape_errors.py
 
 format: .venv/installed-dev
 	$(BIN)/ruff format .

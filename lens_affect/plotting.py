@@ -368,14 +368,11 @@ def save_figure(figure: go.Figure, path: str | os.PathLike[str], *results: Any) 
     """
     place = Path(path)
     place.parent.mkdir(parents=True, exist_ok=True)
-    numbers = [
-        {
-            "title": figure.layout.title.text,
-            "table": json.loads(pd.DataFrame(r.to_frame()).to_json(orient="split", index=False, double_precision=10)),
-        }
-        | {"provenance": r.provenance.__dict__}
-        for r in results
-    ]
+    title = figure.to_dict()["layout"]["title"]["text"]
+    numbers = []
+    for result in results:
+        table = pd.DataFrame(result.to_frame()).to_json(orient="split", index=False, double_precision=10)
+        numbers.append({"title": title, "table": json.loads(str(table)), "provenance": result.provenance.__dict__})
     write_text_atomically(place.with_suffix(".json"), json.dumps(numbers, indent=1, default=str))
     figure.write_html(place.with_suffix(".html"), include_plotlyjs="directory")
     try:

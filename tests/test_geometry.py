@@ -193,6 +193,16 @@ def test_the_interval_is_the_jackknife_over_groups_of_both(topics):
     assert found.high == pytest.approx(min(found.rho + half, 1), abs=1e-9)
 
 
+def test_many_groups_are_left_out_in_24_blocks():
+    a, b, _ = pair_of(5, shared=0.8, noise=1, n_topics=30, emotions=TWELVE[:6])
+    found = compare_geometry(a, b, layers=(0, 0), n_permutations=0, n_halves=0)
+    blocks = [[f"topic {t}" for t in range(30) if t % 24 == block] for block in range(24)]
+    left_out = [rho_by_hand(without(a, block), without(b, block)) for block in blocks]
+    half = stats.t.ppf(0.975, 23) * math.sqrt(23 * np.var(left_out))
+    assert found.low == pytest.approx(found.rho - half, abs=1e-9)
+    assert found.n_groups == 30
+
+
 def test_limits_stay_within_what_a_correlation_can_be():
     a, b, _ = pair_of(2, noise=0.3, n_topics=3)
     found = compare_geometry(a, b, layers=(0, 0), n_permutations=0, n_halves=0)
