@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from lens_affect.generation import Generated as Generated
     from lens_affect.generation import Intervention as Intervention
     from lens_affect.generation import generate as generate
+    from lens_affect.geometry import AxisAgreement as AxisAgreement
     from lens_affect.geometry import GeometryAgreement as GeometryAgreement
     from lens_affect.geometry import compare_geometry as compare_geometry
+    from lens_affect.geometry import emotion_rdm as emotion_rdm
+    from lens_affect.geometry import valence_arousal as valence_arousal
     from lens_affect.lexical import LexicalBar as LexicalBar
     from lens_affect.lexical import lexical_bar as lexical_bar
     from lens_affect.localization import LocalizationCurve as LocalizationCurve
@@ -72,6 +75,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Activations": "activations",
     "Anisotropy": "anisotropy",
+    "AxisAgreement": "geometry",
     "CATALOGUE": "catalogue",
     "CheckReport": "selfchecks",
     "ContrastPairs": "stimuli",
@@ -100,6 +104,7 @@ _HOME = {
     "compare_methods": "comparison",
     "curve_shape": "shapes",
     "effect_sizes": "statistics",
+    "emotion_rdm": "geometry",
     "equivalence": "statistics",
     "extract_activations": "activations",
     "extract_protocol": "protocols",
@@ -129,6 +134,7 @@ _HOME = {
     "run_study": "study",
     "run_sweep": "sweeps",
     "save_figure": "plotting",
+    "valence_arousal": "geometry",
     "write_report": "report",
     "write_stories": "stories",
 }

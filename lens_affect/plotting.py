@@ -17,10 +17,10 @@ from plotly.subplots import make_subplots
 
 from lens_affect.anisotropy import Anisotropy
 from lens_affect.comparison import FACTORS, METRICS, MethodComparison
+from lens_affect.geometry import FEWEST_EMOTIONS, valence_arousal
 from lens_affect.localization import EMBEDDING, LocalizationCurve
 from lens_affect.nulls import p_text
 from lens_affect.results import write_text_atomically
-from lens_affect.statistics import derive_generator
 from lens_affect.stimuli import EMOTIONS
 from lens_affect.vectors import EmotionVectors
 
@@ -43,8 +43,6 @@ EMOTION_MARKERS = {
     name: _MARKERS[i % len(_MARKERS)] + ("-open" if i >= len(_MARKERS) else "") for name, i in _IN_QUADRANT.items()
 }
 """Marker of an emotion: tells it from the others of its quadrant."""
-VALENCE_PERMUTATIONS = 999
-"""Permutations behind the p-value of a valence axis."""
 _WIDTH, _HEIGHT = 900, 480
 
 
@@ -226,11 +224,7 @@ def plot_valence_arousal(vectors: EmotionVectors, layer: int, *, title: str | No
     """
     table = vectors.principal_axes(layer)
     shares = table.attrs["explained"]
-    correlation, p, n = valence_correlation(table)
-    text = title or (
-        f"{vectors.provenance.title}, layer {layer}, {vectors.source}<br>first component and valence: |r| = {correlation:.2f} "
-        f"({n} emotions; {p_text(p, VALENCE_PERMUTATIONS)}); it holds {shares[0]:.0%} of the variance between emotions"
-    )
+    text = title or f"{vectors.provenance.title}, layer {layer}, {vectors.source}<br>{_valence_finding(vectors, layer)}"
     figure = go.Figure()
     for quadrant, colour in QUADRANT_COLOURS.items():
         names = [e for e in table.index if e in EMOTIONS and EMOTIONS[e].quadrant == quadrant]
@@ -266,22 +260,16 @@ def plot_valence_arousal(vectors: EmotionVectors, layer: int, *, title: str | No
     return figure
 
 
-def valence_correlation(table: pd.DataFrame, *, seed: int = 0) -> tuple[float, float, int]:
-    """Absolute correlation of the first component with valence (pleasant or not), its permutation p over emotions, and their number.
-
-    Args:
-        table: what `EmotionVectors.principal_axes` returns; emotions of unknown valence are left out.
-        seed: of the permutations. The sign of a component is arbitrary, so the test is on the absolute value.
-    """
-    known = pd.DataFrame(table[table["valence"] != "unknown"])
-    x, y = known["pc1"].to_numpy(float), (known["valence"] == "positive").to_numpy(float)
-    if len(known) < 3 or y.std() == 0:
-        return float("nan"), float("nan"), len(known)
-    rng = derive_generator(seed, "valence axis")
-    observed = abs(np.corrcoef(x, y)[0, 1])
-    shuffled = [abs(np.corrcoef(x, rng.permutation(y))[0, 1]) for _ in range(VALENCE_PERMUTATIONS)]
-    hits = sum(value >= observed - 1e-12 for value in shuffled)
-    return float(observed), (1 + hits) / (1 + VALENCE_PERMUTATIONS), len(known)
+def _valence_finding(vectors: EmotionVectors, layer: int) -> str:
+    """Which component follows valence, its correlation, and the p that pays for choosing between two components."""
+    if sum(e in EMOTIONS for e in vectors.emotions) < FEWEST_EMOTIONS:
+        return f"{len(vectors.emotions)} emotions on their first two components"
+    found = valence_arousal(vectors, layer)
+    component = found.best_components[0]
+    if component == "none":
+        return "all emotions lie on one side of valence"
+    chance = p_text(float(found.p[0]), found.n_permutations)
+    return f"valence lies closest to {component}: |r| = {found.best[0]:.2f} ({len(found.emotions)} emotions; best of two components, {chance})"
 
 
 def plot_reliability(vectors: Sequence[EmotionVectors]) -> go.Figure:

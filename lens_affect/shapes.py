@@ -80,8 +80,11 @@ def curve_shape(
     one-sided 5 % (Simonsohn, 2018, doi:10.1177/2515245918805755, with the spread taken over groups); (4) otherwise `rising` or
     `falling` by the slope of one line.
 
-    Error rates, measured by analyses/benchmarks/shape_errors.py (12 topics, 30 layers, AR(1) 0.8 noise):
-    @@RATES@@
+    Error rates, measured by analyses/benchmarks/shape_errors.py on 400 curves each (12 topics, 30 layers, AR(1) 0.8 noise; heights
+    from peak to trough in between-topic standard deviations at a layer). Called `u` or `inverted_u` by mistake: 0.015 of flat
+    noise (0.065 are called something), 0 of 100 curves of SmolLM2 with shuffled labels, 0.01 of rising lines, and 0.06 to 0.09 of
+    curves that rise on one half and are level on the other. A planted U is found in 0.47 at height 1, 0.89 at 1.5 and 0.99 at 2
+    (parabola), 0.42, 0.85 and 0.99 (V), 0.42, 0.84 and 0.99 (V that turns at depth 0.7).
 
     Args:
         depth: depth of each layer, without the embedding.

@@ -36,6 +36,12 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"{module:32s} {seconds:6.1f} s ({budget} s){over}")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small products gain nothing from a second thread and stall on a busy machine; real models ask for more (real_model)."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def _models():
     return {}
@@ -84,8 +90,7 @@ def real_model():
             loaded[name] = load_model(name, dtype=torch.float32)
         return loaded[name]
 
-    yield make
-    torch.set_num_threads(1)
+    return make
 
 
 @pytest.fixture

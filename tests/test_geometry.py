@@ -354,6 +354,18 @@ def test_groups_nested_in_emotions_are_halved_and_left_out_by_emotion():
     assert "could not be measured" in str(single)
 
 
+def test_halves_of_an_odd_number_of_texts_are_equally_unequal_for_every_emotion():
+    labels = [e for e in TWELVE for _ in range(3)]
+    found = []
+    for seed in range(8):
+        noise = np.random.default_rng(seed).standard_normal((2, 36, 1, 400))
+        pair = [planted(values, labels, [f"story {i}" for i in range(36)]) for values in noise]
+        one = compare_geometry(*pair, layers=(0, 0), n_permutations=0, seed=seed)
+        found += [one.reliability_first, one.reliability_second]
+    # One text of some emotions and two of others: opposite halves would have opposite patterns, and noise a reliability of -0.37.
+    assert abs(np.mean(found)) < 0.15
+
+
 def test_a_reliability_that_is_not_positive_leaves_no_correction():
     rng = np.random.default_rng(11)
     found = [

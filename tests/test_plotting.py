@@ -1,25 +1,36 @@
 """Figures: what is drawn is what was computed; titles state it; colours tell emotions apart."""
 
+import json
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
 import pytest
 import torch
 
 from lens_affect.activations import Activations
+from lens_affect.anisotropy import measure_anisotropy
+from lens_affect.comparison import compare_cells
+from lens_affect.geometry import valence_arousal
 from lens_affect.localization import localize
 from lens_affect.plotting import (
     EMOTION_COLOURS,
     EMOTION_MARKERS,
     QUADRANT_COLOURS,
+    plot_anisotropy,
     plot_curves,
     plot_emotions,
+    plot_methods,
     plot_reliability,
     plot_similarity,
     plot_valence_arousal,
-    valence_correlation,
+    save_figure,
 )
 from lens_affect.results import Provenance
 from lens_affect.stimuli import EMOTIONS
 from lens_affect.vectors import fit_vectors
+from tests.test_comparison import cells
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +107,15 @@ def test_every_emotion_has_its_own_look_and_every_quadrant_one_colour():
 
 def test_the_planted_valence_axis_is_found_and_stated(planted):
     vectors = fit_vectors(planted)
-    r, p, n = valence_correlation(vectors.principal_axes(3))
-    assert r > 0.95
-    assert p == pytest.approx(1 / 1000)
-    assert n == 20
-    assert f"|r| = {r:.2f}" in plot_valence_arousal(vectors, 3).layout.title.text
-    r_before, p_before, _ = valence_correlation(vectors.principal_axes(0))
-    assert r_before < 0.7
-    assert p_before > 0.001
+    found = valence_arousal(vectors, 3)
+    title = plot_valence_arousal(vectors, 3).layout.title.text
+    assert f"valence lies closest to pc1: |r| = {found.best[0]:.2f} (20 emotions" in title
+    assert "p = 0.001, the smallest" in title
+    before = plot_valence_arousal(vectors, 0).layout.title.text
+    assert f"|r| = {valence_arousal(vectors, 0).best[0]:.2f}" in before
+    assert "the smallest" not in before
+    two = fit_vectors(planted.select(emotions=["happy", "sad"]))
+    assert "2 emotions on their first two components" in plot_valence_arousal(two, 3).layout.title.text
 
 
 def test_similarity_shows_the_cosines_and_names_the_closest_pair(planted):
@@ -135,3 +147,55 @@ def test_reliability_draws_the_mean_over_emotions(planted):
     vectors = fit_vectors(planted)
     line = next(t for t in plot_reliability([vectors]).data if t.mode == "lines+markers")
     np.testing.assert_allclose(line.y, vectors.reliability.mean(0).numpy(), rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    return compare_cells(cells(pooling=0.9))
+
+
+def test_the_factor_that_carries_a_difference_is_in_the_title_and_filled(comparison):
+    figure = plot_methods(comparison)
+    assert "accuracy is carried by pooling" in figure.layout.title.text
+    table = comparison.effects.query("metric == 'accuracy'").set_index("factor")
+    for trace in figure.data:
+        row = table.loc[trace.name]
+        assert list(trace.x) == [row["difference"]]
+        assert trace.x[0] + trace.error_x.array[0] == pytest.approx(row["high"])
+        assert trace.x[0] - trace.error_x.arrayminus[0] == pytest.approx(row["low"])
+        assert list(trace.marker.symbol) == ["circle" if row["p_holm"] < 0.05 else "circle-open"]
+    assert "no single choice changes accuracy" in plot_methods(compare_cells(cells())).layout.title.text
+    with pytest.raises(ValueError, match="received metric 'cosine'; allowed are"):
+        plot_methods(comparison, metric="cosine")
+
+
+def test_anisotropy_is_drawn_with_its_interval(tiny_model):
+    found = measure_anisotropy(tiny_model("llama"))
+    figure = plot_anisotropy([found, found])
+    assert len(figure.data) == 4
+    np.testing.assert_allclose(figure.data[1].y, found.table["mean_cosine"])
+    band = np.array(figure.data[0].y)
+    np.testing.assert_allclose(band[:4], found.table["low"])
+    np.testing.assert_allclose(band[4:], found.table["high"][::-1])
+    assert "neutral sentences lie within a cosine of" in figure.layout.title.text
+
+
+def test_a_saved_figure_has_its_page_and_its_numbers(comparison, tmp_path, monkeypatch):
+    monkeypatch.setattr(go.Figure, "write_image", lambda self, path, **k: Path(path).write_bytes(b"png"))
+    page = save_figure(plot_methods(comparison), tmp_path / "f" / "methods", comparison)
+    assert page.is_file()
+    assert (tmp_path / "f" / "plotly.min.js").is_file()
+    assert (tmp_path / "f" / "methods.png").is_file()
+    numbers = json.loads((tmp_path / "f" / "methods.json").read_text())
+    assert numbers[0]["provenance"]["model"] == "planted"
+    table = pd.DataFrame(**{k: numbers[0]["table"][k] for k in ("columns", "data")})
+    assert table["value"].tolist() == pytest.approx(comparison.table["value"].tolist())
+
+
+def test_without_a_browser_the_page_is_there_and_the_log_says_what_to_do(comparison, tmp_path, monkeypatch, caplog):
+    def fail(self, path, **k):
+        raise RuntimeError("no Chrome")
+
+    monkeypatch.setattr(go.Figure, "write_image", fail)
+    assert save_figure(plot_methods(comparison), tmp_path / "methods", comparison).is_file()
+    assert "install the group `figures`" in caplog.text
