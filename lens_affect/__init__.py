@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lens_affect.activations import Activations as Activations
     from lens_affect.activations import extract_activations as extract_activations
+    from lens_affect.activations import extract_poolings as extract_poolings
     from lens_affect.anisotropy import Anisotropy as Anisotropy
     from lens_affect.anisotropy import measure_anisotropy as measure_anisotropy
     from lens_affect.catalogue import CATALOGUE as CATALOGUE
@@ -107,6 +108,7 @@ _HOME = {
     "emotion_rdm": "geometry",
     "equivalence": "statistics",
     "extract_activations": "activations",
+    "extract_poolings": "activations",
     "extract_protocol": "protocols",
     "fit_vectors": "vectors",
     "generate": "generation",

@@ -4,6 +4,7 @@ Pooling happens inside the hook and the unembedding is never computed, so readin
 Batches are padded on the right with a mask, so a text gives the same vector alone and in any batch.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -179,7 +180,7 @@ def extract_activations(
         model: a bridge or a HookedTransformer.
         stimuli: the texts.
         sites: names from sites.SITES.
-        layers: 0-based blocks; all by default.
+        layers: 0-based blocks; all by default. The forward pass ends after the last one.
         pooling: `mean` over the text's tokens, `mean_without_sinks` (leaving out, layer by layer, tokens whose norm exceeds SINK_RATIO
             times the text's median: attention sinks beyond position 0), `last` token, `midpoint` (token n // 2 of the text; the last prompt token if the
             text has at most 10: arXiv:2604.04064), or `after:N` (mean from the text's token N on).
@@ -202,62 +203,113 @@ def extract_activations(
         >>> extract_activations(model, load_stimuli("passages"), pooling="mean").values.shape  # doctest: +SKIP
         torch.Size([276, 30, 576])
     """
+    return extract_poolings(
+        model,
+        stimuli,
+        (pooling,),
+        sites=sites,
+        layers=layers,
+        keep=keep,
+        batch_tokens=batch_tokens,
+        own_bos=own_bos,
+        spool=spool,
+        progress=progress,
+    )[pooling]
+
+
+def extract_poolings(
+    model: LensModel,
+    stimuli: Stimuli,
+    poolings: Sequence[str],
+    *,
+    sites: Sequence[str] | str = ("resid_post",),
+    layers: Sequence[int] | None = None,
+    keep: Literal["pooled", "moments"] = "pooled",
+    batch_tokens: int | Literal["auto"] = "auto",
+    own_bos: bool = False,
+    spool: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Activations]:
+    """Several poolings of the same texts from one reading; arguments, result and errors as in extract_activations.
+
+    Args:
+        model: a bridge or a HookedTransformer.
+        stimuli: the texts.
+        poolings: names as in extract_activations, each once.
+        sites: names from sites.SITES.
+        layers: 0-based blocks; all by default. The forward pass ends after the last one.
+        keep: `pooled` or `moments`.
+        batch_tokens: padded tokens per batch.
+        own_bos: keep the tokenizer's own BOS default.
+        spool: folder for the files, with one folder per pooling in it if there are several.
+        progress: called with (texts done, texts in all).
+    """
     clock = Stopwatch()
     ensure_checked(model)
     names = (sites,) if isinstance(sites, str) else tuple(sites)
     if not names:
         raise ValueError(f"received no sites; allowed are {list(SITES)}")
+    if not poolings or len(set(poolings)) != len(poolings):
+        raise ValueError(f"received poolings {list(poolings)}; allowed are one or more different ones")
     resolved = [resolve_site(model, name) for name in names]
     chosen = _check_layers(layers, int(model.cfg.n_layers))
     encoded = _encode_all(model, stimuli, own_bos=own_bos)
-    weights = [_pooling_weights(e, pooling, row) for row, e in enumerate(encoded)]
+    weights = {p: [_pooling_weights(e, p, row) for row, e in enumerate(encoded)] for p in poolings}
     if keep not in ("pooled", "moments"):
         raise ValueError(f"received keep={keep!r}; allowed are 'pooled' and 'moments'")
     _settle_precision(model, encoded, weights)
 
-    reader = _Reader(model, resolved, chosen, leave_out_sinks=pooling == "mean_without_sinks")
-    store = Spool(len(stimuli), reader.shapes, spool) if keep == "pooled" else Moments(stimuli, reader.shapes)
-    stored = _read_all(reader, store, encoded, weights, batch_tokens, progress)
-    _warn_of_sinks(reader.texts_with_sinks, pooling, len(stimuli))
-    embedding = stored.arrays.pop("embedding", None)
-    stored.squares.pop("embedding", None)
-    return Activations(
-        arrays=stored.arrays,
-        squares=stored.squares,
-        counts=stored.counts,
-        layers=chosen,
-        embedding={} if embedding is None else {"embedding": embedding[:, 0]},
-        stimuli=stimuli if keep == "pooled" else stimuli.select(rows=stored.rows),
-        n_layers=int(model.cfg.n_layers),
-        pooling=pooling,
-        texts_with_sinks=reader.texts_with_sinks,
-        provenance=model_info(model).provenance.updated(
-            stimuli_hash=stimuli.hash,
-            bos="+".join(sorted({e.bos for e in encoded})),
-            elapsed_seconds=clock.seconds,
-        ),
+    reader = _Reader(model, resolved, chosen, poolings)
+    folders = {p: spool if spool is None or len(poolings) == 1 else Path(spool) / p.replace(":", "-") for p in poolings}
+    stores: dict[str, Spool | Moments] = {
+        p: Spool(len(stimuli), reader.shapes, folders[p]) if keep == "pooled" else Moments(stimuli, reader.shapes)
+        for p in poolings
+    }
+    stored = _read_all(reader, stores, encoded, weights, batch_tokens, progress)
+    provenance = model_info(model).provenance.updated(
+        stimuli_hash=stimuli.hash,
+        bos="+".join(sorted({e.bos for e in encoded})),
+        elapsed_seconds=clock.seconds,
     )
+    found = {}
+    for pooling, kept in stored.items():
+        sinks = reader.texts_with_sinks[pooling]
+        _warn_of_sinks(sinks, pooling, len(stimuli))
+        embedding = kept.arrays.pop("embedding", None)
+        kept.squares.pop("embedding", None)
+        found[pooling] = Activations(
+            arrays=kept.arrays,
+            squares=kept.squares,
+            counts=kept.counts,
+            layers=chosen,
+            embedding={} if embedding is None else {"embedding": embedding[:, 0]},
+            stimuli=stimuli if keep == "pooled" else stimuli.select(rows=kept.rows),
+            n_layers=int(model.cfg.n_layers),
+            pooling=pooling,
+            texts_with_sinks=sinks,
+            provenance=provenance,
+        )
+    return found
 
 
 class _Reader:
     """Hooks that pool, kept on the model while batch after batch passes: adding them costs a bridge 2 % of a batch's time."""
 
-    def __init__(
-        self, model: LensModel, sites: list[Site], layers: tuple[int, ...], *, leave_out_sinks: bool = False
-    ) -> None:
-        self.texts_with_sinks = {s.name: torch.zeros(len(layers), dtype=torch.long) for s in sites}
+    def __init__(self, model: LensModel, sites: list[Site], layers: tuple[int, ...], poolings: Sequence[str]) -> None:
+        self.poolings = tuple(poolings)
+        self.texts_with_sinks = {
+            p: {s.name: torch.zeros(len(layers), dtype=torch.long) for s in sites} for p in self.poolings
+        }
         self.shapes = {s.name: (len(layers), s.width) for s in sites}
-        self.model, self.layers, self._leave_out = model, layers, leave_out_sinks
-        self._weight = torch.empty(0)
-        self._pooled: dict[str, Tensor] = {}
-        self._hooks = [
-            (s.at(layer), self._pool(s.name, i, self.texts_with_sinks[s.name][i : i + 1]))
-            for s in sites
-            for i, layer in enumerate(layers)
-        ]
+        self.model, self.layers = model, layers
+        self._weights: dict[str, Tensor] = {}
+        self._pooled: dict[str, dict[str, Tensor]] = {}
+        self._hooks = [(s.at(layer), self._pool(s.name, i)) for s in sites for i, layer in enumerate(layers)]
         if "resid_post" in self.shapes:
             self.shapes["embedding"] = (1, int(model.cfg.d_model))
-            self._hooks.append((resolve_site(model, "resid_pre").at(0), self._pool("embedding", 0, None)))
+            self._hooks.append((resolve_site(model, "resid_pre").at(0), self._pool("embedding", 0)))
+        if max(layers) + 1 < int(model.cfg.n_layers):
+            self._hooks.append((resolve_site(model, "resid_post").at(max(layers)), _stop))
         self._placed: AbstractContextManager[Any] = nullcontext()
 
     def __enter__(self) -> "_Reader":
@@ -268,21 +320,25 @@ class _Reader:
     def __exit__(self, *error: Any) -> None:
         self._placed.__exit__(*error)
 
-    def read(
-        self, batch: list[Encoded], weights: list[dict[int, float]]
-    ) -> dict[str, Float[Tensor, "row layer width"]]:
-        """Pooled rows of one batch by site; `embedding` beside resid_post."""
+    def read(self, batch: list[Encoded], weights: dict[str, list[dict[int, float]]]) -> dict[str, dict[str, Tensor]]:
+        """Pooled rows of one batch, `[row, layer, width]`, by pooling and site; `embedding` beside resid_post."""
         device = device_of(self.model)
         tokens, mask = pad_right(batch, pad_token_id(self.model), device)
-        weight = torch.zeros(tokens.shape, dtype=torch.float32)
-        for row, positions in enumerate(weights):
-            weight[row, list(positions)] = torch.tensor(list(positions.values()))
-        self._weight = weight.to(device)
-        self._pooled = {name: torch.full((len(batch), *shape), math.nan) for name, shape in self.shapes.items()}
-        run_trunk(self.model, tokens, mask)
+        self._weights = {}
+        for pooling, of_rows in weights.items():
+            weight = torch.zeros(tokens.shape, dtype=torch.float32)
+            for row, positions in enumerate(of_rows):
+                weight[row, list(positions)] = torch.tensor(list(positions.values()))
+            self._weights[pooling] = weight.to(device)
+        self._pooled = {
+            p: {name: torch.full((len(batch), *shape), math.nan) for name, shape in self.shapes.items()}
+            for p in weights
+        }
+        with contextlib.suppress(_Enough):
+            run_trunk(self.model, tokens, mask)
         return self._pooled
 
-    def _pool(self, name: str, entry: int, counter: Tensor | None) -> Callable[..., None]:
+    def _pool(self, name: str, entry: int) -> Callable[..., None]:
         width = self.shapes[name][1] if name in self.shapes else int(self.model.cfg.d_model)
 
         def hook(value: Tensor, hook: Any = None) -> None:
@@ -291,42 +347,54 @@ class _Reader:
                 raise RuntimeError(
                     f"{getattr(hook, 'name', 'a hook')} is {flat.shape[-1]} wide; its config promises {width}"
                 )
-            flat, used = flat.float(), self._weight
-            if counter is not None:
-                is_sink = _sinks(flat, used)
-                counter.add_(int(is_sink.any(1).sum()))
-                if self._leave_out:
-                    used = used * ~is_sink
-                    used = used / used.sum(1, keepdim=True)
-            self._pooled[name][:, entry].copy_(torch.bmm(used[:, None, :], flat)[:, 0])
+            flat = flat.float()
+            for pooling, weight in self._weights.items():
+                used = weight
+                if name != "embedding":
+                    is_sink = _sinks(flat, weight)
+                    self.texts_with_sinks[pooling][name][entry] += int(is_sink.any(1).sum())
+                    if pooling == "mean_without_sinks":
+                        used = weight * ~is_sink
+                        used = used / used.sum(1, keepdim=True)
+                self._pooled[pooling][name][:, entry].copy_(torch.bmm(used[:, None, :], flat)[:, 0])
 
         return hook
 
 
+class _Enough(Exception):
+    """The last block that is read has been read."""
+
+
+def _stop(value: Tensor, hook: Any = None) -> None:
+    raise _Enough
+
+
 def _read_all(
     reader: _Reader,
-    store: Spool | Moments,
+    stores: dict[str, Spool | Moments],
     encoded: list[Encoded],
-    weights: list[dict[int, float]],
+    weights: dict[str, list[dict[int, float]]],
     batch_tokens: int | Literal["auto"],
     progress: Progress | None,
-) -> Stored:
+) -> dict[str, Stored]:
     """Every text through the model, in batches of similar length; nothing is left behind when something fails."""
     budget = DEFAULT_BATCH_TOKENS if batch_tokens == "auto" else int(batch_tokens)
     done = 0
     try:
         with reader:
             for rows in _batches([len(e.ids) for e in encoded], budget):
-                pooled = reader.read([encoded[r] for r in rows], [weights[r] for r in rows])
-                _require_finite(pooled, rows, reader)
-                store.write(rows, pooled)
+                pooled = reader.read([encoded[r] for r in rows], {p: [w[r] for r in rows] for p, w in weights.items()})
+                for pooling, values in pooled.items():
+                    _require_finite(values, rows, reader)
+                    stores[pooling].write(rows, values)
                 done += len(rows)
                 if progress:
                     progress(done, len(encoded))
     except BaseException:
-        store.discard()
+        for store in stores.values():
+            store.discard()
         raise
-    return store.finish()
+    return {p: store.finish() for p, store in stores.items()}
 
 
 def _check_layers(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
@@ -428,19 +496,19 @@ def _require_finite(pooled: dict[str, Tensor], rows: list[int], reader: "_Reader
             )
 
 
-def _settle_precision(model: LensModel, encoded: list[Encoded], weights: list[dict[int, float]]) -> None:
+def _settle_precision(model: LensModel, encoded: list[Encoded], weights: dict[str, list[dict[int, float]]]) -> None:
     """Where bfloat16 was chosen automatically: compare it with float32 on this run's own texts and pooling, and go back if it is too coarse."""
     info = model_info(model)
     if not info.precision_is_automatic or info.restore_float32 is None:
         return
     rows = sorted({0, len(encoded) // 3, 2 * len(encoded) // 3, len(encoded) - 1})
-    batch, pooling = [encoded[r] for r in rows], [weights[r] for r in rows]
+    batch, pooling = [encoded[r] for r in rows], {p: [w[r] for r in rows] for p, w in weights.items()}
     site, layers = [resolve_site(model, "resid_post")], tuple(range(int(model.cfg.n_layers)))
-    with _Reader(model, site, layers) as reader:
+    with _Reader(model, site, layers, tuple(weights)) as reader:
         coarse = reader.read(batch, pooling)
         info.restore_float32()
         fine = reader.read(batch, pooling)
-    worst = torch.stack([torch.cosine_similarity(coarse[k], fine[k], dim=-1).min() for k in fine]).min().item()
+    worst = min(torch.cosine_similarity(coarse[p][k], fine[p][k], dim=-1).min().item() for p in fine for k in fine[p])
     if worst >= MINIMUM_COSINE:
         cast_parameters(model, torch.bfloat16)  # pyright: ignore[reportArgumentType]
         info.provenance = replace(info.provenance, dtype="bfloat16")

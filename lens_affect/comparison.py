@@ -19,7 +19,7 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
-from lens_affect.activations import Activations, extract_activations
+from lens_affect.activations import Activations, extract_poolings
 from lens_affect.adapter import LensModel, model_info
 from lens_affect.results import Provenance, Stopwatch, load_result, save_result
 from lens_affect.statistics import adjust_p, derive_generator, mean_interval
@@ -167,16 +167,17 @@ def compare_methods(
     at = int(model.cfg.n_layers) // 2 if layer is None else layer
     written, given = _matched(stories, passages)
     texts: dict[str, Stimuli] = {"stories": written, "passages": given}
-    first_pooling, first_baseline = poolings[0], baselines[0]
-    readings = [(who, context, first_pooling) for who in texts for context in CONTEXTS]
-    readings += [("stories", "request", p) for p in poolings[1:]] + [("passages", "bare", p) for p in poolings[1:]]
+    first_baseline = baselines[0]
+    readings = [(who, context) for who in texts for context in CONTEXTS]
     cells = []
-    for i, (who, context, pooling) in enumerate(readings):
+    for i, (who, context) in enumerate(readings):
         placed, named = place_in_context(texts[who], context, asked, seed=seed)
-        read = extract_activations(model, placed, layers=[at], pooling=pooling)
-        cells.append(Cell(who, context, pooling, first_baseline, read, named))
-        if (who, context) in (("stories", "request"), ("passages", "bare")) and pooling == first_pooling:
-            cells += [replace(cells[-1], baseline=b) for b in baselines[1:]]
+        varied = (who, context) in (("stories", "request"), ("passages", "bare"))
+        read = extract_poolings(model, placed, poolings if varied else poolings[:1], layers=[at])
+        cells += [Cell(who, context, p, first_baseline, activations, named) for p, activations in read.items()]
+        if varied:
+            first = cells[-len(read)]
+            cells += [replace(first, baseline=b) for b in baselines[1:]]
         if progress:
             progress(i + 1, len(readings))
     found = compare_cells(cells)

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from tokenizers.processors import TemplateProcessing
 
-from lens_affect.activations import SINK_RATIO, Activations, extract_activations
+from lens_affect.activations import SINK_RATIO, Activations, extract_activations, extract_poolings
 from lens_affect.models import load_model
 from lens_affect.stimuli import Stimuli
 from tests.tiny import DENSE, make_hf_model, make_tokenizer
@@ -422,3 +422,33 @@ def test_activations_print_their_model_counts_and_precision(tiny_model, few_pass
     assert f"LlamaForCausalLM: {len(few_passages)} texts, mean pooling" in str(found)
     assert "float32, hf numerics, BOS prepended" in str(found)
     assert "<br>" in found._repr_html_()
+
+
+def test_several_poolings_of_one_reading_are_those_of_readings_of_their_own(tiny_model):
+    stimuli = make_stimuli(*TEXTS)
+    together = extract_poolings(tiny_model("llama"), stimuli, POOLINGS[:3])
+    assert list(together) == list(POOLINGS[:3])
+    for pooling, found in together.items():
+        alone = extract_activations(tiny_model("llama"), stimuli, pooling=pooling)
+        assert torch.equal(found.values, alone.values)
+        assert found.pooling == pooling
+        assert torch.equal(found.texts_with_sinks["resid_post"], alone.texts_with_sinks["resid_post"])
+    for wrong in ((), ("mean", "mean")):
+        with pytest.raises(ValueError, match="allowed are one or more different ones"):
+            extract_poolings(tiny_model("llama"), stimuli, wrong)
+
+
+def test_the_forward_pass_ends_after_the_last_layer_that_is_read(tiny_model):
+    model, stimuli = tiny_model("llama"), make_stimuli(*TEXTS)
+    reached = []
+    model.blocks[2].hook_in.add_hook(lambda value, hook: reached.append(2))
+    try:
+        part = extract_activations(model, stimuli, layers=[1], sites=("resid_post", "gate"))
+        assert reached == []
+        whole = extract_activations(model, stimuli, sites=("resid_post", "gate"))
+        assert reached
+    finally:
+        model.blocks[2].hook_in.remove_hooks()
+    for site in ("resid_post", "gate"):
+        assert torch.equal(part.at(site).values[:, 0], whole.at(site).values[:, 1])
+    assert not model.blocks[1].hook_out.fwd_hooks

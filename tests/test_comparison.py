@@ -196,7 +196,7 @@ def test_stories_and_passages_go_through_a_real_model(tiny_model, passages, tmp_
     )
     assert found.layer == 1
     assert found.reference == ("stories", "request", "mean", "grand_mean")
-    assert done[-1] == (10, 10)
+    assert done[-1] == (8, 8)
     assert set(found.effects["factor"]) == set(FACTORS)
     assert set(found.table["metric"]) == {*METRICS, "named_accuracy"}
     assert np.isfinite(found.effects[["difference", "low", "high", "p", "p_holm"]].to_numpy(float)).all()
