@@ -8,9 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from lens_affect.cli import app
+from lens_affect.sweeps import make_spec, run_sweep
+from tests.test_sweeps import SMALL
 from tests.tiny import make_hf_model, make_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,3 +107,49 @@ def test_the_doctor_prints_a_table_of_checks(model_folder):
     assert "8 of 8 self-checks passed" in done.stdout
     rows = json.loads(runner.invoke(app, ["doctor", model_folder, "--json"]).stdout)
     assert all(row["outcome"] == "passed" for row in rows)
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    run_sweep(make_spec(model=model_folder, **SMALL), out)
+    return str(out)
+
+
+def test_the_scorecard_of_a_run_is_printed_with_its_verdicts(finished):
+    done = runner.invoke(app, ["scorecard", finished])
+    assert done.exit_code == 0, done.output
+    assert "cannot be decided: " in done.stdout
+    rows = json.loads(runner.invoke(app, ["scorecard", finished, "--json"]).stdout)
+    assert {row["id"] for row in rows} == {f"P{i}" for i in range(1, 8)}
+    assert all(row["rule"] and row["verdict"] for row in rows)
+
+
+def test_advice_is_printed_with_what_is_open(finished):
+    done = runner.invoke(app, ["recommend", finished])
+    assert done.exit_code == 0, done.output
+    assert "not decided" in done.stdout
+    rows = json.loads(runner.invoke(app, ["recommend", finished, "--json"]).stdout)
+    assert [row["question"] for row in rows] == ["text", "layer", "pooling", "strength"]
+
+
+@pytest.mark.parametrize("command", ["scorecard", "recommend"])
+def test_a_folder_without_a_run_ends_with_code_2(command, tmp_path):
+    done = runner.invoke(app, [command, str(tmp_path)])
+    assert done.exit_code == 2
+    assert "holds no sweep" in done.stderr
+
+
+def test_a_study_runs_one_cell_and_judges_it(model_folder, tmp_path):
+    spec = tmp_path / "study.yaml"
+    cell = {"name": "one", "model": model_folder, "family": "Mistral", "tuning": "base", "memory_gb": 0.1}
+    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in SMALL.items()}
+    spec.write_text(yaml.safe_dump({"name": "s", "settings": settings, "cells": [cell, cell | {"name": "two"}]}))
+    done = runner.invoke(app, ["study", str(spec), "--only", "one", "--out", str(tmp_path / "s"), "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "s" / "scorecard.csv").is_file()
+    assert (tmp_path / "s" / "one" / "curves.csv").is_file()
+    assert not (tmp_path / "s" / "two").exists()
+    wrong = runner.invoke(app, ["study", str(spec), "--only", "three", "--quiet"])
+    assert wrong.exit_code == 2
+    assert "allowed are ['one', 'two']" in wrong.stderr

@@ -5,8 +5,11 @@ import re
 
 import pytest
 
+from lens_affect.comparison import compare_cells
 from lens_affect.report import write_report
+from lens_affect.study import make_scorecard
 from lens_affect.sweeps import make_spec, run_sweep
+from tests.test_comparison import cells
 from tests.test_sweeps import SMALL
 from tests.tiny import make_hf_model, make_tokenizer
 
@@ -51,3 +54,21 @@ def test_texts_of_a_model_are_escaped(sweep, tmp_path):
     page = write_report(dataclasses.replace(sweep, stories=stories), tmp_path / "report.html").read_text()
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert" in page
+
+
+def test_the_page_leads_with_the_scorecard_and_the_advice(page, sweep):
+    body = page[page.index("<body>") :]
+    assert body.index("Scorecard: published claims against this run") < body.index("nearest_mean by layer")
+    for claim in make_scorecard(sweep).table["claim"]:
+        assert claim in body
+    assert "What to use for this model" in body
+    assert "not measured" in body or "sweep with --compare" in body
+    assert "Anisotropy" in body
+
+
+def test_a_comparison_of_methods_is_on_the_page_when_there_is_one(sweep, tmp_path):
+    page = write_report(
+        dataclasses.replace(sweep, comparison=compare_cells(cells(pooling=0.9))), tmp_path / "r.html"
+    ).read_text()
+    assert "one changed at a time" in page
+    assert "accuracy is carried by pooling" in page

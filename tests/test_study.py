@@ -7,12 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from scipy import stats
 
 from lens_affect.anisotropy import Anisotropy
 from lens_affect.comparison import compare_cells
 from lens_affect.localization import localize
 from lens_affect.results import Provenance
-from lens_affect.statistics import Interval, mean_interval
+from lens_affect.statistics import Interval, mann_whitney, mean_interval
 from lens_affect.study import (
     COLUMNS,
     FAILS,
@@ -131,6 +132,10 @@ def test_too_few_common_topics_are_refused(tmp_path):
     moved.save(run.folder / "steps" / "activations-generation", overwrite=True)
     with pytest.raises(ValueError, match="share 0 topics; 3 are needed"):
         source_advantage(run)
+    row = make_scorecard(run).table.set_index("id").loc["P1"]  # the rest is judged all the same
+    assert row["verdict"] == OPEN
+    assert "share 0 topics" in row["note"]
+    assert not recommend(run).table.set_index("question").loc["text", "decided"]
 
 
 def test_claims_about_pairs_and_families_wait_for_them(peak):
@@ -157,7 +162,17 @@ def test_a_pair_and_three_families_decide_them(tmp_path):
     card = make_scorecard(runs, facts)
     assert verdicts(card, "P2") == [HOLDS]
     assert verdicts(card, "P3") == [HOLDS]  # A's mean advantage is far below B's
-    assert len(verdicts(card, "P1")) == 4
+    assert len(verdicts(card, "P1")) == 5
+    over_models = card.table[(card.table["id"] == "P1") & (card.table["model"] == "all 4")].iloc[0]
+    written, given = (
+        np.array([float(r.curves[m, "mean_cosine_neutral"].values[4]) for r in runs])
+        for m in ("generation", "comprehension")
+    )
+    assert over_models["paper_statistic"] == pytest.approx(mann_whitney(written, given).p)
+    means = [source_advantage(r).mean() for r in runs]
+    assert (over_models["low"], over_models["high"]) == pytest.approx(
+        stats.t.interval(0.95, 3, loc=np.mean(means), scale=stats.sem(means))
+    )
     reverse = facts | {"a-base": facts["a-instruct"], "a-instruct": facts["a-base"]}
     assert verdicts(make_scorecard(runs, reverse), "P2") == [FAILS]
     peaks = [replace_methods(r) for r in runs]
