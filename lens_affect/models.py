@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -45,7 +45,7 @@ WORTHWHILE = 1.2
 def load_model(
     name_or_path: Any,
     *,
-    dtype: torch.dtype | Literal["auto"] = "auto",
+    dtype: torch.dtype | str = "auto",
     device: str | torch.device = "auto",
     compatibility: bool = False,
     revision: str | None = None,
@@ -77,15 +77,16 @@ def load_model(
     Example:
         >>> load_model("smollm2-135m-instruct", dtype=torch.float32)  # doctest: +SKIP
     """
+    chosen = _precision(dtype)
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if isinstance(name_or_path, str | Path):
         folder, facts = _locate(name_or_path, revision)
-        first = torch.float32 if dtype == "auto" else dtype
+        first = torch.float32 if chosen == "auto" else chosen
         hf_model, tokenizer = _read_folder(folder, first, revision, trust_remote_code, tokenizer)
         facts = facts.updated(revision=getattr(hf_model.config, "_commit_hash", None) or revision)
     else:
         hf_model, facts = _unwrap(name_or_path, tokenizer)
-        first = dtype = next(hf_model.parameters()).dtype if dtype == "auto" else dtype
+        first = chosen = next(hf_model.parameters()).dtype if chosen == "auto" else chosen
         folder = None
     hf_model = hf_model.to(place).eval()
     cast_parameters(hf_model, first)
@@ -95,7 +96,7 @@ def load_model(
     bridge, info = _boot(hf_model, tokenizer, facts, place, first, compatibility)
     set_model_info(bridge, info)
     ensure_checked(bridge)
-    if dtype == "auto" and folder is not None and not compatibility and _bfloat16_gain(bridge, place) >= WORTHWHILE:
+    if chosen == "auto" and folder is not None and not compatibility and _bfloat16_gain(bridge, place) >= WORTHWHILE:
         info.restore_float32 = lambda: _restore(
             bridge,
             load_model(
@@ -104,6 +105,16 @@ def load_model(
         )
         _use_bfloat16(bridge, info)
     return bridge
+
+
+def _precision(dtype: torch.dtype | str) -> Any:
+    """A torch.dtype, or "auto"; names such as "bfloat16" are taken too."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if found != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(
+            f"received dtype={dtype!r}; allowed are 'auto', torch.float32, torch.bfloat16 and torch.float16"
+        )
+    return found
 
 
 def _locate(name_or_path: str | Path, revision: str | None) -> tuple[str, Provenance]:

@@ -335,3 +335,15 @@ def test_installing_works_again_after_a_boot_that_failed():
     with pytest.raises(KeyError), models._no_package_installation():
         raise KeyError("planted")
     assert subprocess.check_call is real
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_a_precision_may_be_named(name):
+    model = load_model(make_hf_model("llama"), tokenizer=make_tokenizer(), dtype=name)
+    assert next(model.parameters()).dtype == getattr(torch, name)
+
+
+@pytest.mark.parametrize("wrong", ["int64", "half precision", torch.int8])
+def test_what_is_no_precision_is_refused(wrong):
+    with pytest.raises(ValueError, match="allowed are 'auto', torch.float32"):
+        load_model(make_hf_model("llama"), tokenizer=make_tokenizer(), dtype=wrong)
