@@ -74,8 +74,17 @@ class Scorecard:
         return self.table
 
     def verdicts(self) -> dict[str, list[str]]:
-        """Verdict -> ids, a claim with several rows once per verdict."""
-        return {v: list(dict.fromkeys(self.table.loc[self.table["verdict"] == v, "id"])) for v in (HOLDS, FAILS, OPEN)}
+        """Verdict -> claims; a claim whose rows disagree is named with its source and, with several runs, its model."""
+        found: dict[str, list[str]] = {HOLDS: [], FAILS: [], OPEN: []}
+        several = len(set(self.table.loc[self.table["id"] == "P4", "model"])) > 1
+        for id, rows in self.table.groupby("id", sort=False):
+            agree = len(set(rows["verdict"])) == 1
+            for verdict, source, model in zip(rows["verdict"], rows["source"], rows["model"], strict=True):
+                where = f"{source}, {model}" if several else str(source)
+                name = str(id) if agree else f"{id} ({where})"
+                if name not in found[verdict]:
+                    found[verdict].append(name)
+        return found
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Save as a folder (see results.py)."""
@@ -87,7 +96,7 @@ class Scorecard:
         return load_result(cls, folder)
 
     def __str__(self) -> str:
-        models = ", ".join(dict.fromkeys(m for m in self.table["model"] if m))
+        models = ", ".join(dict.fromkeys(self.table.loc[self.table["id"] == "P4", "model"]))
         parts = [f"{verdict}: {', '.join(ids)}" for verdict, ids in self.verdicts().items() if ids]
         return f"{models}\n" + "; ".join(parts)
 

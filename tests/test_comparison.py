@@ -109,7 +109,12 @@ def test_the_mean_cosine_is_that_of_the_fitted_vectors():
         table = compare_cells([Cell("a", "bare", "mean", baseline, activations)]).table.set_index("metric")
         similarity = fit_vectors(activations, baseline=baseline).similarity(0).to_numpy()
         expected = similarity[~np.eye(len(EMOTIONS), dtype=bool)].mean()
+        assert table.loc["mean_cosine_own", "value"] == pytest.approx(expected, abs=1e-4)
+        neutral = fit_vectors(activations, baseline="neutral").similarity(0).to_numpy()
+        expected = neutral[~np.eye(len(EMOTIONS), dtype=bool)].mean()
         assert table.loc["mean_cosine", "value"] == pytest.approx(expected, abs=1e-4)
+        assert (table["low"] <= table["value"]).all()
+        assert (table["value"] <= table["high"]).all()
 
 
 def test_accuracy_with_the_grand_mean_is_that_of_localize():
