@@ -34,13 +34,7 @@ FIGURES, RUNS = HERE.parent / "figures", Path(os.environ.get("LENS_AFFECT_RUNS",
 MODELS = ("smollm2-135m-instruct", "gemma-3-270m")[: 1 if QUICK else 2]
 SIZE = {"n_stories": 12, "story_tokens": 120, "n_permutations": 1000, "compare_methods": True}
 if QUICK:
-    SIZE |= {
-        "n_stories": 3,
-        "story_tokens": 40,
-        "minimum_story_tokens": 8,
-        "n_permutations": 20,
-        "compare_methods": False,
-    }
+    SIZE |= {"n_permutations": 20, "compare_methods": False, "methods": ("comprehension",)}
     SIZE["emotions"] = ("happy", "angry", "sad")
 pio.renderers.default = "json" if QUICK else "png"
 

@@ -25,6 +25,20 @@ def test_the_layer_sweep_runs_in_quick_mode(real_model, monkeypatch, capsys):
     assert names["curve"].n_emotions == 2
 
 
+@pytest.mark.weights
+def test_shape_and_methods_run_in_quick_mode(real_model, monkeypatch, capsys, tmp_path):
+    real_model("smollm2-135m-instruct")
+    monkeypatch.setenv("LENS_AFFECT_QUICK", "1")
+    monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path))
+    monkeypatch.delenv("LENS_AFFECT_DATA", raising=False)
+    names = runpy.run_path(str(ROOT / "analyses" / "02_shape_and_methods.py"))
+    printed = capsys.readouterr().out
+    assert "shape: " in printed
+    assert "plain mean: " in printed
+    assert "third-party texts were not read" in printed
+    assert set(names["card"].table["id"]) == {"P2", "P3", "P4", "P5", "P6", "P7"}
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
 def test_analyses_use_only_public_names(script):
     source = script.read_text()
@@ -46,6 +60,8 @@ def test_notebooks_are_executed_copies_of_their_scripts(notebook):
 def test_every_figure_has_its_numbers_and_its_picture(numbers):
     for one in json.loads(numbers.read_text()):
         assert one["provenance"]["model"]
-        assert len(one["curve"]["score"]) == len(one["curve"]["depth"])
+        assert one["title"]
+        assert all(len(row) == len(one["table"]["columns"]) for row in one["table"]["data"])
+        assert one["table"]["data"]
     assert numbers.with_suffix(".html").is_file()
     assert numbers.with_suffix(".png").is_file()
