@@ -34,7 +34,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2rem auto
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-top: 1px solid #ddd; padding-top: 1rem; }
 p.finding { background: #f3f6f9; border-left: 4px solid #0072B2; padding: .6rem 1rem; }
 table { border-collapse: collapse; font-size: .85rem; } td, th { padding: .2rem .6rem; border-bottom: 1px solid #eee; text-align: right; }
-td:first-child, th:first-child { text-align: left; } td { vertical-align: top; } .note { color: #555; font-size: .9rem; } figure { margin: 1rem 0; overflow-x: auto; }
+td:first-child, th:first-child { text-align: left; } td { vertical-align: top; } table.words td, table.words th { text-align: left; } .note { color: #555; font-size: .9rem; } figure { margin: 1rem 0; overflow-x: auto; }
 blockquote { border-left: 3px solid #ddd; margin: .5rem 0; padding: 0 1rem; font-size: .9rem; }
 </style>
 <script>{{ plotly_js | safe }}</script>
@@ -105,33 +105,39 @@ def _scorecard(sweep: Sweep) -> dict[str, Any]:
         curve = sweep.curves.get((method, "nearest_mean"))
         if curve is not None and len(curve.layer_rows) >= MINIMUM_LAYERS:
             shapes.append(f"{curve.score}, {curve.method}: {curve.shape()}.")
-    shown = card.table[
-        [
-            "id",
-            "claim",
-            "published",
-            "paper_statistic",
-            "sound_statistic",
-            "low",
-            "high",
-            "null",
-            "n",
-            "verdict",
-            "source",
-        ]
+    columns = [
+        "id",
+        "claim",
+        "source",
+        "verdict",
+        "published",
+        "paper_statistic",
+        "sound_statistic",
+        "low",
+        "high",
+        "null",
+        "n",
     ]
-    verdict = shown.to_html(index=False, border=0, escape=True, na_rep="", float_format="%.2f")
-    rules = card.table[["id", "source", "rule", "note"]].to_html(index=False, border=0, escape=True)
+    headings = {"paper_statistic": "paper's statistic", "sound_statistic": "sound statistic"}
+    verdict = _words(pd.DataFrame(card.table[columns]).rename(columns=headings))
+    rules = _words(pd.DataFrame(card.table[["id", "source", "rule", "note"]]))
+    told = advice.table[["question", "answer", "why"]].assign(
+        answer=advice.table["answer"].where(advice.table["decided"], "not decided")
+    )
     return {
         "title": "Scorecard: published claims against this run",
         "texts": [f"{str(card).splitlines()[-1]}.", *shapes],
         "tables": [
             verdict,
             f"<details><summary>Rules, and what the statistics are</summary>{rules}</details>",
-            "<h3>What to use for this model</h3>"
-            + advice.table[["question", "answer", "why"]].to_html(index=False, border=0, escape=True),
+            "<h3>What to use for this model</h3>" + _words(told),
         ],
     }
+
+
+def _words(table: pd.DataFrame) -> str:
+    """A table of sentences, left-aligned."""
+    return table.to_html(index=False, border=0, escape=True, na_rep="", float_format="%.2f", classes="words")
 
 
 def _methods(sweep: Sweep) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def make_scorecard(sweeps: Sweep | Sequence[Sweep], facts: Mapping[str, ModelFac
             rows.append(_u_shape(run, method, shape))
     rows.append(_everywhere(shapes, known))
     rows += [_beyond_anisotropy(run, method) for run in runs for method in run.spec.methods if method in run.directions]
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    table = pd.DataFrame(rows, columns=list(COLUMNS)).sort_values(by="id", kind="stable", ignore_index=True)
     for column in ("paper_statistic", "sound_statistic", "low", "high", "null"):
         table[column] = table[column].astype(float)
     return Scorecard(table, _main_curve(runs[0], runs[0].spec.methods[0]).provenance)
@@ -412,7 +412,7 @@ def _everywhere(
     enough = len(families) >= FAMILIES_NEEDED
     return _row(
         "P6",
-        "... in every architecture from 124M to 3B",
+        "the curve is such a U in every architecture from 124M to 3B",
         "architecture-invariant",
         f"does not hold if one family has another shape than P5's; holds if {FAMILIES_NEEDED} or more families all have it",
         n=len(families),
