@@ -19,7 +19,14 @@ from tests.tiny import make_hf_model, make_tokenizer
 # Tiny models are faster on one thread, and many times faster when the other core is busy; real weights ask for all cores.
 torch.set_num_threads(1)
 
-TIME_BUDGETS = {"test_real_weights.py": 240, "test_localization.py": 90, "test_readme.py": 150, "test_analyses.py": 120}
+TIME_BUDGETS = {
+    "test_analyses.py": 150,
+    "test_comparison.py": 90,
+    "test_localization.py": 90,
+    "test_readme.py": 150,
+    "test_real_weights.py": 240,
+    "test_study.py": 90,
+}
 """Seconds a test module may take; 60 where none is named."""
 _spent: dict[str, float] = collections.defaultdict(float)
 
