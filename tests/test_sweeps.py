@@ -147,8 +147,23 @@ def test_the_spec_hash_depends_on_every_field():
         "scores": ("dprime",),
     }
     changes |= {"pooling": "last", "n_stories": 5, "story_tokens": 99, "minimum_story_tokens": 9, "story_rounds": 1}
-    changes |= {"n_permutations": 7, "seed": 3, "dtype": "float32"}
+    changes |= {"n_permutations": 7, "seed": 3, "dtype": "float32", "compare_methods": True}
     assert set(changes) == set(SweepSpec.model_fields)
     for key, value in changes.items():
         assert spec.model_copy(update={key: value}).hash != spec.hash
     assert quick(spec).n_permutations == 200
+
+
+def test_a_comparison_is_a_step_of_its_own_and_needs_both_methods(model_folder, tmp_path):
+    small = SMALL | {"scores": ("nearest_mean",), "compare_methods": True}
+    run = run_sweep(make_spec(model=model_folder, **small), tmp_path / "run")
+    assert run.comparison is not None
+    assert run.comparison.n_topics == 3
+    assert (run.folder / "steps" / "comparison" / "manifest.json").is_file()
+    assert str(load_sweep(run.folder).comparison) == str(run.comparison)
+    assert set(run.directions) == {"comprehension", "generation"}
+    assert run.directions["comprehension"].null == "directions"
+    with pytest.raises(
+        ValueError, match=r"received compare_methods=True with methods \['comprehension'\]; both are needed"
+    ):
+        make_spec(model=model_folder, **small | {"methods": ("comprehension",)})
