@@ -58,7 +58,12 @@ def finding(start, curves):
 
 
 # %%
-runs = {name: la.run_sweep(la.make_spec(model=name, **SIZE), RUNS / f"analysis-{name}", resume=True) for name in MODELS}
+runs = {
+    name: la.run_sweep(
+        la.make_spec(model=name, **SIZE | OF_MODEL.get(name, {})), RUNS / f"analysis-{name}", resume=True
+    )
+    for name in MODELS
+}
 for run in runs.values():
     for method in run.spec.methods:
         print(run.headline(method))
