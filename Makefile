@@ -47,8 +47,8 @@ test-legacy: .venv-legacy/installed
 
 # Also draws figures/. Static images need a Chromium: `apt-get install chromium`, or set BROWSER_PATH. LENS_AFFECT_DATA: see analyses/02.
 notebooks: .venv/installed-figures
-	cd analyses && HF_HUB_OFFLINE=1 ../$(BIN)/jupytext --to notebook --execute 01_layer_sweep.py
-	cd analyses && HF_HUB_OFFLINE=1 ../$(BIN)/jupytext --to notebook --execute 02_shape_and_methods.py
+	cd analyses && PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 ../$(BIN)/jupytext --to notebook --execute 01_layer_sweep.py
+	cd analyses && PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 ../$(BIN)/jupytext --to notebook --execute 02_shape_and_methods.py
 
 benchmarks: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python analyses/benchmarks/extraction.py

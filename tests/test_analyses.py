@@ -54,6 +54,8 @@ def test_notebooks_are_executed_copies_of_their_scripts(notebook):
     assert ["".join(c["source"]) for c in cells] == [c["source"] for c in script["cells"]]
     counts = [c["execution_count"] for c in cells if c["cell_type"] == "code"]
     assert counts == list(range(1, len(counts) + 1))
+    outputs = [o for c in cells for o in c.get("outputs", [])]
+    assert not [o for o in outputs if o.get("name") == "stderr" or o["output_type"] == "error"]
 
 
 @pytest.mark.parametrize("numbers", sorted((ROOT / "figures").glob("*.json")), ids=lambda p: p.name)
