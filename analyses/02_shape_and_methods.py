@@ -137,7 +137,7 @@ print(f"without sinks: {read[0]}")
 # %% [markdown]
 # ## Other texts: does the curve depend on the stimuli?
 #
-# GoEmotions (single-label comments of eight emotions, the published split: directions from 150 training comments per emotion, accuracy on at most 50
+# GoEmotions (single-label comments of eight emotions, the published split: directions from 100 training comments per emotion, accuracy on at most 50
 # test comments per emotion) and the paper's own 63 passages (three per emotion).
 
 # %%
@@ -159,7 +159,7 @@ def goemotions(part, per_emotion):
 
 others = {}
 if DATA and not QUICK:
-    train, test = goemotions("train", 150), goemotions("test", 50)
+    train, test = goemotions("train", 100), goemotions("test", 50)
     table = RUNS / "goemotions.csv"
     pd.concat([train, test]).to_csv(table, index=False)
     comments, author = la.load_stimuli(table), la.load_stimuli(Path(DATA) / "jeong" / "emotion_comprehension_texts.csv")
