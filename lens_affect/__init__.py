@@ -10,19 +10,21 @@ if TYPE_CHECKING:
     from lens_affect.activations import Activations as Activations
     from lens_affect.activations import extract_activations as extract_activations
     from lens_affect.activations import extract_poolings as extract_poolings
+    from lens_affect.advice import Recommendation as Recommendation
+    from lens_affect.advice import recommend as recommend
     from lens_affect.anisotropy import Anisotropy as Anisotropy
     from lens_affect.anisotropy import measure_anisotropy as measure_anisotropy
+    from lens_affect.axes import AxisAgreement as AxisAgreement
+    from lens_affect.axes import valence_arousal as valence_arousal
     from lens_affect.catalogue import CATALOGUE as CATALOGUE
     from lens_affect.comparison import MethodComparison as MethodComparison
     from lens_affect.comparison import compare_methods as compare_methods
     from lens_affect.generation import Generated as Generated
     from lens_affect.generation import Intervention as Intervention
     from lens_affect.generation import generate as generate
-    from lens_affect.geometry import AxisAgreement as AxisAgreement
     from lens_affect.geometry import GeometryAgreement as GeometryAgreement
     from lens_affect.geometry import compare_geometry as compare_geometry
     from lens_affect.geometry import emotion_rdm as emotion_rdm
-    from lens_affect.geometry import valence_arousal as valence_arousal
     from lens_affect.lexical import LexicalBar as LexicalBar
     from lens_affect.lexical import lexical_bar as lexical_bar
     from lens_affect.localization import LocalizationCurve as LocalizationCurve
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from lens_affect.protocols import extract_protocol as extract_protocol
     from lens_affect.report import write_report as write_report
     from lens_affect.results import Provenance as Provenance
+    from lens_affect.scorecard import Scorecard as Scorecard
+    from lens_affect.scorecard import make_scorecard as make_scorecard
     from lens_affect.scores import SCORES as SCORES
     from lens_affect.selfchecks import CheckReport as CheckReport
     from lens_affect.selfchecks import check_model as check_model
@@ -59,11 +63,7 @@ if TYPE_CHECKING:
     from lens_affect.stimuli import load_stimuli as load_stimuli
     from lens_affect.stories import Stories as Stories
     from lens_affect.stories import write_stories as write_stories
-    from lens_affect.study import Recommendation as Recommendation
-    from lens_affect.study import Scorecard as Scorecard
     from lens_affect.study import load_study as load_study
-    from lens_affect.study import make_scorecard as make_scorecard
-    from lens_affect.study import recommend as recommend
     from lens_affect.study import run_study as run_study
     from lens_affect.sweeps import Sweep as Sweep
     from lens_affect.sweeps import SweepSpec as SweepSpec
@@ -76,7 +76,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Activations": "activations",
     "Anisotropy": "anisotropy",
-    "AxisAgreement": "geometry",
+    "AxisAgreement": "axes",
     "CATALOGUE": "catalogue",
     "CheckReport": "selfchecks",
     "ContrastPairs": "stimuli",
@@ -90,10 +90,10 @@ _HOME = {
     "LocalizationCurve": "localization",
     "MethodComparison": "comparison",
     "Provenance": "results",
-    "Recommendation": "study",
+    "Recommendation": "advice",
     "SCORES": "scores",
     "SITES": "sites",
-    "Scorecard": "study",
+    "Scorecard": "scorecard",
     "Site": "sites",
     "Stimuli": "stimuli",
     "Stories": "stories",
@@ -119,7 +119,7 @@ _HOME = {
     "load_study": "study",
     "load_sweep": "sweeps",
     "localize": "localization",
-    "make_scorecard": "study",
+    "make_scorecard": "scorecard",
     "make_spec": "sweeps",
     "mann_whitney": "statistics",
     "measure_anisotropy": "anisotropy",
@@ -131,12 +131,12 @@ _HOME = {
     "plot_reliability": "plotting",
     "plot_similarity": "plotting",
     "plot_valence_arousal": "plotting",
-    "recommend": "study",
+    "recommend": "advice",
     "resolve_site": "sites",
     "run_study": "study",
     "run_sweep": "sweeps",
     "save_figure": "plotting",
-    "valence_arousal": "geometry",
+    "valence_arousal": "axes",
     "write_report": "report",
     "write_stories": "stories",
 }

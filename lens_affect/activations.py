@@ -35,7 +35,7 @@ from lens_affect.adapter import (
 from lens_affect.results import Provenance, Stopwatch, load_result, save_result
 from lens_affect.selfchecks import ensure_checked
 from lens_affect.sites import SITES, Site, resolve_site
-from lens_affect.spool import Moments, Spool, Stored
+from lens_affect.spool import Moments, Spool
 from lens_affect.stimuli import Stimuli
 
 log = logging.getLogger(__name__)
@@ -261,11 +261,17 @@ def extract_poolings(
 
     reader = _Reader(model, resolved, chosen, poolings)
     folders = {p: spool if spool is None or len(poolings) == 1 else Path(spool) / p.replace(":", "-") for p in poolings}
-    stores: dict[str, Spool | Moments] = {
-        p: Spool(len(stimuli), reader.shapes, folders[p]) if keep == "pooled" else Moments(stimuli, reader.shapes)
-        for p in poolings
-    }
-    stored = _read_all(reader, stores, encoded, weights, batch_tokens, progress)
+    stores: dict[str, Spool | Moments] = {}
+    try:
+        for p in poolings:
+            pooled = keep == "pooled"
+            stores[p] = Spool(len(stimuli), reader.shapes, folders[p]) if pooled else Moments(stimuli, reader.shapes)
+        _read_all(reader, stores, encoded, weights, batch_tokens, progress)
+        stored = {p: store.finish() for p, store in stores.items()}
+    except BaseException:
+        for store in stores.values():
+            store.discard()
+        raise
     provenance = model_info(model).provenance.updated(
         stimuli_hash=stimuli.hash,
         bos="+".join(sorted({e.bos for e in encoded})),
@@ -376,25 +382,19 @@ def _read_all(
     weights: dict[str, list[dict[int, float]]],
     batch_tokens: int | Literal["auto"],
     progress: Progress | None,
-) -> dict[str, Stored]:
-    """Every text through the model, in batches of similar length; nothing is left behind when something fails."""
+) -> None:
+    """Every text through the model, in batches of similar length."""
     budget = DEFAULT_BATCH_TOKENS if batch_tokens == "auto" else int(batch_tokens)
     done = 0
-    try:
-        with reader:
-            for rows in _batches([len(e.ids) for e in encoded], budget):
-                pooled = reader.read([encoded[r] for r in rows], {p: [w[r] for r in rows] for p, w in weights.items()})
-                for pooling, values in pooled.items():
-                    _require_finite(values, rows, reader)
-                    stores[pooling].write(rows, values)
-                done += len(rows)
-                if progress:
-                    progress(done, len(encoded))
-    except BaseException:
-        for store in stores.values():
-            store.discard()
-        raise
-    return {p: store.finish() for p, store in stores.items()}
+    with reader:
+        for rows in _batches([len(e.ids) for e in encoded], budget):
+            pooled = reader.read([encoded[r] for r in rows], {p: [w[r] for r in rows] for p, w in weights.items()})
+            for pooling, values in pooled.items():
+                _require_finite(values, rows, reader)
+                stores[pooling].write(rows, values)
+            done += len(rows)
+            if progress:
+                progress(done, len(encoded))
 
 
 def _check_layers(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ...]:

@@ -130,7 +130,7 @@ def scorecard(
 ) -> None:
     """Judge the published claims by finished runs, each by its declared rule."""
     with _errors():
-        from lens_affect.study import make_scorecard
+        from lens_affect.scorecard import make_scorecard
         from lens_affect.sweeps import load_sweep
 
         card = make_scorecard([load_sweep(run) for run in runs])
@@ -147,7 +147,7 @@ def recommend(
 ) -> None:
     """Which layer, text and pooling to use for a model, with intervals, and what could not be decided."""
     with _errors():
-        from lens_affect.study import recommend as advise
+        from lens_affect.advice import recommend as advise
         from lens_affect.sweeps import load_sweep
 
         advice = advise(load_sweep(run))

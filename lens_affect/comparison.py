@@ -6,6 +6,7 @@ number of texts, at the same layer.
 """
 
 import html
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ from lens_affect.results import Provenance, Stopwatch, load_result, save_result
 from lens_affect.statistics import adjust_p, derive_generator, mean_interval
 from lens_affect.stimuli import NEUTRAL, PromptSet, Stimuli, load_prompts
 from lens_affect.vectors import Baseline, difference_in_means
+
+log = logging.getLogger(__name__)
 
 FACTORS = ("text", "context", "pooling", "baseline")
 CONTEXTS = ("request", "bare", "wrong", "none")
@@ -196,15 +199,34 @@ def _matched(stories: Stimuli, passages: Stimuli) -> tuple[Stimuli, Stimuli]:
         return seen
 
     mine, theirs = first_of(stories), first_of(passages)
-    labels = [e for e in stories.labels if e in passages.labels]
-    topics = [g for g in dict.fromkeys(stories.groups) if all((e, g) in mine and (e, g) in theirs for e in labels)]
+    labels, topics = _complete(set(mine) & set(theirs), stories.labels, list(dict.fromkeys(stories.groups)))
     if len(topics) < 3 or len(labels) < 3:
         raise ValueError(
             f"received stories and passages with {len(topics)} complete common topics and the common labels {labels}; at least 3 topics and "
             "2 emotions with neutral texts are needed: write stories with our prompts (their topics are those of our passages)"
         )
+    left_out = [e for e in stories.labels if e not in labels] + [
+        g for g in dict.fromkeys(stories.groups) if g not in topics
+    ]
+    if left_out:
+        log.warning("compared without %s: a text is missing", ", ".join(left_out))
     order = [(e, g) for e in labels for g in topics]
     return stories.select(rows=[mine[k] for k in order]), passages.select(rows=[theirs[k] for k in order])
+
+
+def _complete(cells: set[tuple[str, str]], labels: Sequence[str], topics: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Labels and topics that are fully crossed: the one with the largest share of missing cells goes until none is missing."""
+    kept: tuple[list[str], list[str]] = [*labels], [*topics]
+    while True:
+        missing = [
+            [sum((e, g) not in cells for g in kept[1]) / max(len(kept[1]), 1) for e in kept[0]],
+            [sum((e, g) not in cells for e in kept[0]) / max(len(kept[0]), 1) for g in kept[1]],
+        ]
+        worst = [max(shares, default=0.0) for shares in missing]
+        if not max(worst):
+            return kept
+        side = 0 if worst[0] > worst[1] else 1
+        kept[side].pop(missing[side].index(worst[side]))
 
 
 def place_in_context(

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
 
@@ -30,8 +30,7 @@ from lens_affect.activations import Activations
 from lens_affect.nulls import p_text
 from lens_affect.results import Provenance, Stopwatch, load_result, save_result
 from lens_affect.statistics import derive_generator, jackknife_interval
-from lens_affect.stimuli import EMOTIONS, NEUTRAL, Stimuli
-from lens_affect.vectors import EmotionVectors, fit_vectors
+from lens_affect.stimuli import NEUTRAL, Stimuli
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +40,6 @@ MOST_BLOCKS = 24
 """Groups are left out one by one up to this many, in as many blocks beyond (as localization does)."""
 MOST_UNEQUAL = 1.5
 """Ratio of the largest to the smallest number of texts per emotion from which on a comparison warns."""
-AXES = {"valence": "positive", "arousal": "high"}
-"""Axis of stimuli.EMOTIONS -> the side that counts as 1."""
-COMPONENTS = ("pc1", "pc2")
-"""Columns of EmotionVectors.principal_axes."""
 
 
 @dataclass(frozen=True)
@@ -153,86 +148,6 @@ class GeometryAgreement:
 
 
 @dataclass(frozen=True)
-class AxisAgreement:
-    """Valence and arousal on the first two principal components of the emotions."""
-
-    correlations: Float[Tensor, "axis component"]
-    """Absolute correlation of each component with each axis (0/1, so point-biserial); NaN for an axis with one side only."""
-    best: Float[Tensor, " axis"]
-    """The larger one per axis. Even without a relation it is well above 0, since it is chosen: read it with p and null_mean."""
-    low: Float[Tensor, " axis"]
-    """Lower 95 % limit of `best` over groups of texts (jackknife); NaN from vectors, which have no texts to leave out."""
-    high: Float[Tensor, " axis"]
-    """Upper 95 % limit."""
-    null_mean: Float[Tensor, " axis"]
-    """Mean of the best of both components under permuted emotions; NaN without permutations."""
-    p: Float[Tensor, " axis"]
-    """Permutation p over emotions; every permutation takes its best component too."""
-    axes: tuple[str, ...]
-    """`valence`, `arousal`."""
-    components: tuple[str, ...]
-    """`pc1`, `pc2`."""
-    explained: tuple[float, ...]
-    """Share of the variance between emotions that each component holds."""
-    emotions: tuple[str, ...]
-    """Emotions with a known place (stimuli.EMOTIONS); others shape the components but are not correlated."""
-    n_permutations: int
-    """Permutations behind p."""
-    layer: int
-    """0-based block."""
-    method: str
-    """Name of the stimuli."""
-    provenance: Provenance
-    """Model, numerics, stimuli, seed, versions."""
-
-    @property
-    def best_components(self) -> tuple[str, ...]:
-        """Name of the component that is closer to each axis; `none` for an axis with one side only."""
-        return tuple(
-            self.components[int(row.argmax())] if row.isfinite().all() else "none" for row in self.correlations
-        )
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row per axis: axis, pc1, pc2 (absolute correlations), component, best, low, high, null_mean, p, n."""
-        table = pd.DataFrame(self.correlations.numpy(), columns=list(self.components))
-        table.insert(0, "axis", list(self.axes))
-        columns = {name: getattr(self, name).numpy() for name in ("best", "low", "high", "null_mean", "p")}
-        return table.assign(component=list(self.best_components), **columns, n=len(self.emotions))
-
-    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Save as a folder (see results.py)."""
-        return save_result(self, folder, overwrite=overwrite)
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> "AxisAgreement":
-        """Load what `save` wrote."""
-        return load_result(cls, folder)
-
-    def __str__(self) -> str:
-        shares = " and ".join(f"{share:.0%}" for share in self.explained)
-        lines = [
-            f"{self.provenance.title}, {self.method}, layer {self.layer}: two components hold {shares} of the variance between emotions"
-        ]
-        for i, (axis, component) in enumerate(zip(self.axes, self.best_components, strict=True)):
-            if component == "none":
-                lines.append(f"{axis}: not measured, all {len(self.emotions)} emotions lie on one side")
-                continue
-            limits = f" [{self.low[i]:.2f}, {self.high[i]:.2f}]" if self.low[i].isfinite() else ""
-            chance = (
-                f"permuted emotions give {self.null_mean[i]:.2f}, {p_text(float(self.p[i]), self.n_permutations)}"
-                if self.n_permutations
-                else "no null (n_permutations=0)"
-            )
-            lines.append(
-                f"{axis}: |r| = {self.best[i]:.2f}{limits} with {component}, {len(self.emotions)} emotions; {chance}"
-            )
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        return "<p>" + html.escape(str(self)).replace("\n", "<br>") + "</p>"
-
-
-@dataclass(frozen=True)
 class _Texts:
     """Emotional texts of one source at one layer."""
 
@@ -266,7 +181,12 @@ class _Texts:
         return self.rdm(inside), self.rdm(~inside)
 
 
-def _entry(activations: Activations, layer: int) -> int:
+def entry_of(activations: Activations, layer: int) -> int:
+    """Place of a 0-based layer among the layers that were read.
+
+    Raises:
+        ValueError: it was not read.
+    """
     if layer not in activations.layers:
         raise ValueError(
             f"received layer {layer}; there are activations of {list(activations.layers)}: extract it with layers=[{layer}]"
@@ -274,8 +194,11 @@ def _entry(activations: Activations, layer: int) -> int:
     return activations.layers.index(layer)
 
 
-def _texts(activations: Activations, layer: int, emotions: Sequence[str], rows: Sequence[int] | None = None) -> _Texts:
-    entry = _entry(activations, layer)
+def emotional_texts(
+    activations: Activations, layer: int, emotions: Sequence[str], rows: Sequence[int] | None = None
+) -> _Texts:
+    """Texts (or cells) of some emotions at one layer, in the order of the stimuli."""
+    entry = entry_of(activations, layer)
     # Rows by hand: Activations.select would copy every layer.
     allowed = range(len(activations.stimuli)) if rows is None else rows
     labels = activations.stimuli.select(rows=allowed).emotions
@@ -290,7 +213,8 @@ def _texts(activations: Activations, layer: int, emotions: Sequence[str], rows: 
     )
 
 
-def _emotions(activations: Activations) -> list[str]:
+def emotions_of(activations: Activations) -> list[str]:
+    """Labels without neutral."""
     return [e for e in activations.stimuli.labels if e != NEUTRAL]
 
 
@@ -318,10 +242,10 @@ def emotion_rdm(
         >>> emotion_rdm(activations, 14).shape  # doctest: +SKIP
         torch.Size([20, 20])
     """
-    emotions = _emotions(activations)
+    emotions = emotions_of(activations)
     if len(emotions) < 2:
         raise ValueError(f"received the emotions {emotions}; a dissimilarity needs at least two")
-    texts = _texts(activations, layer, emotions, rows)
+    texts = emotional_texts(activations, layer, emotions, rows)
     missing = [e for e in emotions if e not in texts.stimuli.emotions]
     if missing:
         raise ValueError(f"received rows without a text of {missing}; every emotion needs one: add rows of it")
@@ -372,13 +296,13 @@ def compare_geometry(
         >>> print(compare_geometry(first, second, layers=(14, 9)))  # doctest: +SKIP
     """
     clock = Stopwatch()
-    emotions = [e for e in _emotions(first) if e in _emotions(second)]
+    emotions = [e for e in emotions_of(first) if e in emotions_of(second)]
     if len(emotions) < FEWEST_EMOTIONS:
         raise ValueError(
             f"received {len(emotions)} emotions in common ({emotions}); allowed are {FEWEST_EMOTIONS} or more. The first has "
-            f"{_emotions(first)}, the second {_emotions(second)}: read stimuli with the same labels in both"
+            f"{emotions_of(first)}, the second {emotions_of(second)}: read stimuli with the same labels in both"
         )
-    pair = (_texts(first, layers[0], emotions), _texts(second, layers[1], emotions))
+    pair = (emotional_texts(first, layers[0], emotions), emotional_texts(second, layers[1], emotions))
     _warn_of_imbalance(pair)
     rdms = [_full_rdm(texts, layer) for texts, layer in zip(pair, layers, strict=True)]
     for place, rdm in zip(("first", "second"), rdms, strict=True):
@@ -388,7 +312,7 @@ def compare_geometry(
                 "more texts, or another layer"
             )
     rho = _spearman(rdms[0], rdms[1])
-    strata = _strata(pair[0], pair[1])
+    strata = strata_of(pair[0], pair[1])
     low, high = _interval(pair, rho, strata)
     within_first, within_second, across = _half_correlations(pair, strata, n_halves, seed)
     reliability = [2 * r / (1 + r) if r > -1 else math.nan for r in (within_first, within_second)]
@@ -461,7 +385,7 @@ def _permutation_p(a: Tensor, b: Tensor, rho: float, n_permutations: int, seed: 
     return float((1 + (permuted >= rho - 1e-9).sum()) / (1 + n_permutations))
 
 
-def _strata(first: _Texts, second: _Texts) -> list[list[str]]:
+def strata_of(first: _Texts, second: _Texts) -> list[list[str]]:
     """Groups by where they occur, and by their emotion in a source whose groups have one each: every split and every block
     takes its share of each, so that as few as possible leave an emotion without texts."""
 
@@ -476,7 +400,7 @@ def _strata(first: _Texts, second: _Texts) -> list[list[str]]:
     return list(found.values())
 
 
-def _blocks(strata: list[list[str]]) -> list[list[str]]:
+def blocks_of(strata: list[list[str]]) -> list[list[str]]:
     """What is left out at a time: one group, or one of MOST_BLOCKS blocks that hold a share of every stratum."""
     groups = list(chain.from_iterable(strata))
     n_blocks = min(len(groups), MOST_BLOCKS)
@@ -489,7 +413,7 @@ def _interval(pair: tuple[_Texts, _Texts], rho: float, strata: list[list[str]]) 
     With the same groups in both, what they share moves both RDMs at once; with groups of their own, the squares add up to the sum
     of both variances. For 6 to 40 groups it covers 0.95 to 1.00 of the time (planted data): too wide rather than too narrow.
     """
-    blocks = _blocks(strata)
+    blocks = blocks_of(strata)
     left_out = []
     for block in blocks:
         a, b = (texts.rdm(~np.isin(texts.groups, block)) for texts in pair)
@@ -525,126 +449,3 @@ def _half_correlations(
 
 def _geometric_mean(a: float, b: float) -> float:
     return math.sqrt(a * b) if a > 0 and b > 0 else math.nan
-
-
-def valence_arousal(
-    source: Activations | EmotionVectors, layer: int, *, n_permutations: int = 999, seed: int = 0
-) -> AxisAgreement:
-    """How closely the first two principal components of the emotions follow valence and arousal (stimuli.EMOTIONS).
-
-    The component is chosen by its correlation, so every permutation of the emotions chooses too: without that a relation to
-    either of two components would be found twice as often as p says. Valence and arousal are two tests; p is of each alone.
-
-    Args:
-        source: activations of one site (their grand-mean vectors are taken), or fitted vectors.
-        layer: 0-based block.
-        n_permutations: permutations of the emotions. 0 for none (NaN).
-        seed: of the permutations.
-
-    Returns:
-        Absolute correlations (the sign of a component is arbitrary), the best per axis with its p, and, from activations, its
-        95 % interval over groups of texts. With few emotions p cannot be small: the number of emotions is the sample size here.
-
-    Raises:
-        ValueError: an unknown layer, several sites, or fewer than 4 emotions whose place is known.
-
-    Example:
-        >>> print(valence_arousal(vectors, 14))  # doctest: +SKIP
-    """
-    clock = Stopwatch()
-    vectors = _vectors_at(source, layer) if isinstance(source, Activations) else source
-    table = vectors.principal_axes(layer)
-    known = [e for e in table.index if e in EMOTIONS]
-    if len(known) < FEWEST_EMOTIONS:
-        raise ValueError(
-            f"received {len(known)} emotions whose valence and arousal are known ({known}); allowed are {FEWEST_EMOTIONS} or more of "
-            f"stimuli.EMOTIONS: {list(EMOTIONS)}"
-        )
-    correlations = _axis_correlations(table)
-    best = correlations.max(1)
-    low, high = _axis_interval(source, layer, best) if isinstance(source, Activations) else np.full((2, 2), np.nan)
-    null_mean, p = _axis_null(table, best, n_permutations, seed)
-    return AxisAgreement(
-        correlations=torch.from_numpy(correlations),
-        best=torch.from_numpy(best),
-        low=torch.from_numpy(low),
-        high=torch.from_numpy(high),
-        null_mean=torch.from_numpy(null_mean),
-        p=torch.from_numpy(p),
-        axes=tuple(AXES),
-        components=COMPONENTS,
-        explained=table.attrs["explained"],
-        emotions=tuple(known),
-        n_permutations=n_permutations,
-        layer=layer,
-        method=vectors.source,
-        provenance=vectors.provenance.updated(seed=seed, elapsed_seconds=clock.seconds),
-    )
-
-
-def _vectors_at(activations: Activations, layer: int) -> EmotionVectors:
-    return fit_vectors(_one_layer(activations, layer), n_halves=0)
-
-
-def _one_layer(activations: Activations, layer: int) -> Activations:
-    entry = _entry(activations, layer)
-    return replace(
-        activations,
-        arrays={activations.sites[0]: activations.values[:, entry : entry + 1]},
-        squares={},
-        embedding={},
-        layers=(layer,),
-        texts_with_sinks={s: n[entry : entry + 1] for s, n in activations.texts_with_sinks.items()},
-    )
-
-
-def _unit_components(table: pd.DataFrame) -> Float[np.ndarray, "emotion component"]:
-    """Scores of the emotions with a known place, centred and of length 1; a component without variance stays 0."""
-    scores = table.loc[[e in EMOTIONS for e in table.index], list(COMPONENTS)].to_numpy(float)
-    centred = scores - scores.mean(0)
-    norms = np.linalg.norm(centred, axis=0)
-    return np.where(norms > 1e-9, centred / np.maximum(norms, 1e-9), 0.0)
-
-
-def _unit_side(table: pd.DataFrame, axis: str) -> Float[np.ndarray, " emotion"]:
-    """The side of each emotion as 0 or 1, centred and of length 1; NaN where all lie on one side."""
-    plus = np.array([getattr(EMOTIONS[e], axis) == AXES[axis] for e in table.index if e in EMOTIONS], dtype=float)
-    centred = plus - plus.mean()
-    return centred / np.linalg.norm(centred) if centred.any() else np.full(len(plus), np.nan)
-
-
-def _axis_correlations(table: pd.DataFrame) -> Float[np.ndarray, "axis component"]:
-    components = _unit_components(table)
-    return np.stack([np.abs(_unit_side(table, axis) @ components) for axis in AXES])
-
-
-def _axis_null(table: pd.DataFrame, best: np.ndarray, n_permutations: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and p of the best of both components when the emotions' places are permuted."""
-    null_mean, p = np.full(len(AXES), np.nan), np.full(len(AXES), np.nan)
-    components = _unit_components(table)
-    for i, axis in enumerate(AXES):
-        if not n_permutations or np.isnan(best[i]):
-            continue
-        rng = derive_generator(seed, "geometry", axis)
-        sides = rng.permuted(np.tile(_unit_side(table, axis), (n_permutations, 1)), axis=1)
-        permuted = np.abs(sides @ components).max(1)
-        null_mean[i] = permuted.mean()
-        p[i] = (1 + (permuted >= best[i] - 1e-9).sum()) / (1 + n_permutations)
-    return null_mean, p
-
-
-def _axis_interval(activations: Activations, layer: int, best: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Jackknife over groups of the larger absolute correlation, whichever component it is without the group."""
-    texts = _texts(activations, layer, _emotions(activations))
-    blocks = _blocks(_strata(texts, texts))
-    unknown = np.full_like(best, np.nan)
-    if len(blocks) < 2:
-        return unknown, unknown
-    only, left_out = _one_layer(activations, layer), []
-    for block in blocks:
-        rest = only.select(groups=[g for g in dict.fromkeys(texts.groups.tolist()) if g not in block])
-        if set(_emotions(rest)) != set(_emotions(activations)):
-            return unknown, unknown
-        left_out.append(_axis_correlations(_vectors_at(rest, layer).principal_axes(layer)).max(1))
-    interval = jackknife_interval(best, np.stack(left_out))
-    return np.maximum(interval.low, 0.0), np.minimum(interval.high, 1.0)

@@ -16,8 +16,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lens_affect.anisotropy import Anisotropy
+from lens_affect.axes import valence_arousal
 from lens_affect.comparison import FACTORS, METRICS, MethodComparison
-from lens_affect.geometry import FEWEST_EMOTIONS, valence_arousal
+from lens_affect.geometry import FEWEST_EMOTIONS
 from lens_affect.localization import EMBEDDING, LocalizationCurve
 from lens_affect.nulls import p_text
 from lens_affect.results import write_text_atomically

@@ -6,6 +6,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
+from lens_affect.advice import recommend
 from lens_affect.localization import LocalizationCurve
 from lens_affect.plotting import (
     plot_anisotropy,
@@ -17,9 +18,9 @@ from lens_affect.plotting import (
     plot_valence_arousal,
 )
 from lens_affect.results import write_text_atomically
+from lens_affect.scorecard import make_scorecard
 from lens_affect.scores import SCORES
 from lens_affect.shapes import MINIMUM_LAYERS
-from lens_affect.study import make_scorecard, recommend
 from lens_affect.sweeps import Sweep
 
 _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(

@@ -14,6 +14,8 @@ from torch import Tensor
 from lens_affect.results import full_disk_explained
 from lens_affect.stimuli import Stimuli
 
+CLOSED = -1
+
 
 class Stored(NamedTuple):
     """What a store gives back when all rows are written."""
@@ -75,8 +77,8 @@ class Spool:
         from safetensors.torch import load_file
 
         arrays: dict[str, Tensor] = {}
-        for name, (descriptor, _) in self._files.items():
-            os.close(descriptor)
+        for name in self._files:
+            self._close(name)
             arrays |= load_file(self._path(name))
         if self._temporary is not None:
             # An unlinked file stays readable through its mapping, so the folder's name is not needed any more.
@@ -85,11 +87,17 @@ class Spool:
 
     def discard(self) -> None:
         """Leave nothing behind."""
-        for name, (descriptor, _) in self._files.items():
-            os.close(descriptor)
+        for name in self._files:
+            self._close(name)
             self._path(name).unlink(missing_ok=True)
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _close(self, name: str) -> None:
+        descriptor, offset = self._files[name]
+        if descriptor != CLOSED:
+            os.close(descriptor)
+            self._files[name] = (CLOSED, offset)
 
 
 class Moments:

@@ -4,6 +4,7 @@ Greedy decoding of five templates used twice gives every story twice (arXiv:2604
 sampled, and near-copies, refusals, empty and looping texts are drawn again and counted.
 """
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ from lens_affect.generation import generate
 from lens_affect.results import Provenance, Stopwatch, load_result, save_result
 from lens_affect.stimuli import NEUTRAL, PromptSet, Stimuli, load_prompts, named_emotion
 
+log = logging.getLogger(__name__)
+
 _REFUSAL = re.compile(
     r"\bas an AI\b|\bI(['’]m| am) sorry,? but\b|\bI(['’]m| am) (unable|not able) to (write|help|assist|create|provide|generate|fulfil)"
     r"|\bI (cannot|can['’]t) (write|help|assist|create|provide|generate|fulfil)",
@@ -25,6 +28,8 @@ _REFUSAL = re.compile(
 )
 MAXIMUM_OVERLAP = 0.5
 """Two stories of one emotion count as distinct below this Jaccard overlap of their token 3-grams."""
+FEWEST_STORIES = 2
+"""An emotion needs this many, so that one can be held out."""
 MAXIMUM_REPETITION = 0.5
 """A story is repetitive when more than this share of its token 3-grams occurred before in it."""
 
@@ -37,6 +42,8 @@ class Stories:
     """The accepted stories, each with its prompt, its topic (or template) as group, and the model as source."""
     table: pd.DataFrame
     """One row per draw: emotion, slot, round, tokens, verdict (accepted, empty, short, refusal, repetitive, copy), names_emotion."""
+    n_wanted: int
+    """Stories asked for; those that no round gave are left out."""
     form: str
     """`chat` or `plain`: a model without a chat template gets plain prompts."""
     provenance: Provenance
@@ -60,7 +67,8 @@ class Stories:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{n} {verdict}" for verdict, n in self.counts.items())
-        return f"{len(self.stimuli)} stories by {self.provenance.title} ({self.form} prompts)\n{len(self.table)} draws: {counts}"
+        missing = "" if len(self.stimuli) == self.n_wanted else f" of {self.n_wanted}"
+        return f"{len(self.stimuli)}{missing} stories by {self.provenance.title} ({self.form} prompts)\n{len(self.table)} draws: {counts}"
 
 
 def write_stories(
@@ -83,7 +91,7 @@ def write_stories(
 
     Story k of every emotion answers template k and takes place at topic k (both in turn), so emotions are crossed with topics
     just as in the passages. A draw that is empty, short, a refusal, repetitive or a near-copy is drawn again; one that names
-    its emotion is drawn again too, and kept only if every round named it.
+    its emotion is drawn again too, and kept only if every round named it. A story that no round gives is left out, with a warning.
 
     Args:
         model: who writes.
@@ -104,18 +112,14 @@ def write_stories(
         The stories and the account of all draws.
 
     Raises:
-        ValueError: an unknown emotion form, or a story that could not be had within `max_rounds` draws.
+        ValueError: an unknown emotion form, or an emotion with fewer than FEWEST_STORIES stories after `max_rounds` draws of each.
     """
     clock = Stopwatch()
     asked = load_prompts(prompts) if isinstance(prompts, str) else prompts
     slots = _slots(asked, [*emotions, *([NEUTRAL] if neutral else [])], n_stories)
-    accepted: dict[tuple[str, int], str] = {}
-    reserve: dict[tuple[str, int], tuple[str, int, set[tuple[int, ...]]]] = {}
-    draws: list[dict[str, Any]] = []
-    seen: dict[str, list[set[tuple[int, ...]]]] = {}
-    form = "plain"
+    drawn, form = _Drawn(list(slots), minimum_tokens), "plain"
     for attempt in range(max_rounds):
-        pending = [slot for slot in slots if slot not in accepted]
+        pending = drawn.pending()
         for start in range(0, len(pending), batch_rows):
             batch = pending[start : start + batch_rows]
             out = generate(
@@ -129,44 +133,80 @@ def write_stories(
             )
             form = out.form
             for slot, text, tokens in zip(batch, out.texts, out.tokens, strict=True):
-                verdict = _verdict(text, tokens, minimum_tokens, seen.setdefault(slot[0], []))
-                names = slot[0] != NEUTRAL and named_emotion(text, slot[0]) is not None
-                draws.append(
-                    {
-                        "emotion": slot[0],
-                        "slot": slot[1],
-                        "round": attempt,
-                        "tokens": len(tokens),
-                        "verdict": verdict,
-                        "names_emotion": names,
-                    }
-                )
-                if verdict == "accepted" and names and attempt + 1 < max_rounds:
-                    draws[-1]["verdict"] = "names emotion"
-                    reserve.setdefault(slot, (text, len(draws) - 1, _trigrams(tokens)))
-                elif verdict == "accepted":
-                    accepted[slot] = text
-                    seen[slot[0]].append(_trigrams(tokens))
+                drawn.judge(slot, text, tokens, attempt, again=attempt + 1 < max_rounds)
             if progress:
-                progress(len(accepted), len(slots))
-    for slot, (text, row, trigrams) in reserve.items():
-        if slot not in accepted:
-            draws[row]["verdict"] = "copy" if _is_copy(trigrams, seen[slot[0]]) else "accepted"
-            if draws[row]["verdict"] == "accepted":
-                accepted[slot] = text
-                seen[slot[0]].append(trigrams)
-    _require_all(slots, accepted, draws)
+                progress(len(drawn.accepted), len(slots))
+    drawn.take_reserves()
+    _require_enough(drawn, min(FEWEST_STORIES, n_stories))
     info = model_info(model).provenance
+    kept = {slot: slots[slot] for slot in slots if slot in drawn.accepted}
     stimuli = Stimuli(
-        texts=tuple(accepted[slot] for slot in slots),
-        emotions=tuple(emotion for emotion, _ in slots),
-        groups=tuple(group for _, group in slots.values()),
-        sources=(info.title,) * len(slots),
-        prompts=tuple(prompt for prompt, _ in slots.values()),
+        texts=tuple(drawn.accepted[slot] for slot in kept),
+        emotions=tuple(emotion for emotion, _ in kept),
+        groups=tuple(group for _, group in kept.values()),
+        sources=(info.title,) * len(kept),
+        prompts=tuple(prompt for prompt, _ in kept.values()),
         name=f"stories by {info.model}",
     )
     provenance = info.updated(stimuli_hash=stimuli.hash, seed=seed, elapsed_seconds=clock.seconds)
-    return Stories(stimuli, pd.DataFrame(draws), form, provenance)
+    return Stories(stimuli, pd.DataFrame(drawn.rows), len(slots), form, provenance)
+
+
+Slot = tuple[str, int]
+"""Emotion and number of a story."""
+
+
+class _Drawn:
+    """Every draw with its verdict, and the stories that were accepted."""
+
+    def __init__(self, slots: Sequence[Slot], minimum_tokens: int) -> None:
+        self.slots, self.minimum_tokens = slots, minimum_tokens
+        self.accepted: dict[Slot, str] = {}
+        self.rows: list[dict[str, Any]] = []
+        self._seen: dict[str, list[set[tuple[int, ...]]]] = {emotion: [] for emotion, _ in slots}
+        self._reserve: dict[Slot, tuple[int, str, set[tuple[int, ...]]]] = {}
+
+    def pending(self) -> list[Slot]:
+        """Slots without a story."""
+        return [slot for slot in self.slots if slot not in self.accepted]
+
+    def judge(self, slot: Slot, text: str, tokens: Sequence[int], attempt: int, *, again: bool) -> None:
+        """Accept a draw, or say why not; one that names its emotion waits in reserve while it can be drawn again."""
+        emotion, k = slot
+        names = emotion != NEUTRAL and named_emotion(text, emotion) is not None
+        verdict, trigrams = _verdict(text, tokens, self.minimum_tokens, self._seen[emotion]), _trigrams(tokens)
+        if verdict == "accepted" and names and again:
+            verdict = "names emotion"
+            self._reserve.setdefault(slot, (len(self.rows), text, trigrams))
+        elif verdict == "accepted":
+            self._accept(slot, text, trigrams)
+        self.rows.append(
+            {
+                "emotion": emotion,
+                "slot": k,
+                "round": attempt,
+                "tokens": len(tokens),
+                "verdict": verdict,
+                "names_emotion": names,
+            }
+        )
+
+    def take_reserves(self) -> None:
+        """Fill the slots whose every draw named the emotion, near-copies excepted."""
+        for slot, (row, text, trigrams) in self._reserve.items():
+            if slot not in self.accepted:
+                copy = _is_copy(trigrams, self._seen[slot[0]])
+                self.rows[row]["verdict"] = "copy" if copy else "accepted"
+                if not copy:
+                    self._accept(slot, text, trigrams)
+
+    def reasons(self, slots: Sequence[Slot]) -> dict[str, int]:
+        """Draws of some slots by verdict."""
+        return dict(Counter(str(row["verdict"]) for row in self.rows if (row["emotion"], row["slot"]) in slots))
+
+    def _accept(self, slot: Slot, text: str, trigrams: set[tuple[int, ...]]) -> None:
+        self.accepted[slot] = text
+        self._seen[slot[0]].append(trigrams)
 
 
 def _slots(prompts: PromptSet, emotions: Sequence[str], n_stories: int) -> dict[tuple[str, int], tuple[str, str]]:
@@ -204,15 +244,20 @@ def _is_copy(trigrams: set[tuple[int, ...]], others: list[set[tuple[int, ...]]])
     return any(len(trigrams & other) / max(len(trigrams | other), 1) >= MAXIMUM_OVERLAP for other in others)
 
 
-def _require_all(
-    slots: dict[tuple[str, int], tuple[str, str]],
-    accepted: dict[tuple[str, int], str],
-    draws: list[dict[str, Any]],
-) -> None:
-    missing = [slot for slot in slots if slot not in accepted]
-    if missing:
-        reasons = Counter(d["verdict"] for d in draws if (d["emotion"], d["slot"]) in missing)
+def _require_enough(drawn: _Drawn, fewest: int) -> None:
+    """Leave missing stories out with a warning; an emotion with fewer than `fewest` is an error."""
+    missing = drawn.pending()
+    if not missing:
+        return
+    reasons = drawn.reasons(missing)
+    left = Counter(emotion for emotion, _ in drawn.accepted)
+    poor = [emotion for emotion in dict.fromkeys(e for e, _ in missing) if left[emotion] < fewest]
+    if poor:
         raise ValueError(
-            f"could not get {len(missing)} of {len(slots)} stories (first: {missing[0][0]!r}); their draws were {dict(reasons)}. Allow more "
-            "rounds (max_rounds), a smaller minimum_tokens or another temperature, or use a model that can write stories"
+            f"could not get {len(missing)} of {len(drawn.slots)} stories and {poor[0]!r} has {left[poor[0]]}, fewer than {fewest}; the draws of the "
+            f"missing ones were {reasons}. Allow more rounds (max_rounds), a smaller minimum_tokens or another temperature, or use a model that can "
+            "write stories"
         )
+    log.warning(
+        "%d of %d stories could not be had and are left out (their draws: %s)", len(missing), len(drawn.slots), reasons
+    )

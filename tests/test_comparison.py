@@ -12,6 +12,7 @@ from lens_affect.comparison import (
     METRICS,
     Cell,
     MethodComparison,
+    _complete,
     compare_cells,
     compare_methods,
     place_in_context,
@@ -230,3 +231,15 @@ def test_stories_on_other_topics_are_refused(tiny_model, passages):
     moved = replace(passages, groups=tuple(f"other {g}" for g in passages.groups))
     with pytest.raises(ValueError, match="received stories and passages with 0 complete common topics"):
         compare_methods(tiny_model("llama"), moved, passages)
+
+
+def test_a_missing_story_costs_the_emotion_or_the_topic_that_lacks_most():
+    labels, topics = ["happy", "sad", "calm", "neutral"], ["a", "b", "c", "d", "e"]
+    cells = {(e, t) for e in labels for t in topics}
+    assert _complete(cells, labels, topics) == (labels, topics)
+    assert _complete(cells - {("sad", "b")}, labels, topics) == (
+        labels,
+        ["a", "c", "d", "e"],
+    )  # 1 of 4 weighs more than 1 of 5
+    assert _complete(cells - {("sad", "b"), ("sad", "c")}, labels, topics) == (["happy", "calm", "neutral"], topics)
+    assert _complete(set(), labels, topics)[1] == []

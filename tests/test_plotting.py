@@ -11,8 +11,8 @@ import torch
 
 from lens_affect.activations import Activations
 from lens_affect.anisotropy import measure_anisotropy
+from lens_affect.axes import valence_arousal
 from lens_affect.comparison import compare_cells
-from lens_affect.geometry import valence_arousal
 from lens_affect.localization import localize
 from lens_affect.plotting import (
     EMOTION_COLOURS,

@@ -7,7 +7,7 @@ import pytest
 
 from lens_affect.comparison import compare_cells
 from lens_affect.report import write_report
-from lens_affect.study import make_scorecard
+from lens_affect.scorecard import make_scorecard
 from lens_affect.sweeps import make_spec, run_sweep
 from tests.test_comparison import cells
 from tests.test_sweeps import SMALL

@@ -215,7 +215,7 @@ def test_stories_come_back_as_they_were(passages, tmp_path):
     table = pd.DataFrame(
         {"emotion": ["happy"], "slot": [0], "verdict": ["accepted"], "names_emotion": [False], "tokens": [70]}
     )
-    stories = Stories(passages, table, "chat", Provenance(model="Tiny", seed=3))
+    stories = Stories(passages, table, len(passages), "chat", Provenance(model="Tiny", seed=3))
     stories.save(tmp_path / "stories")
     assert_same(Stories.load(tmp_path / "stories"), stories)
     assert Stories.load(tmp_path / "stories").stimuli.hash == passages.hash
@@ -424,7 +424,7 @@ def test_a_disk_that_is_really_full_gives_the_same_message(tmp_path):
             from lens_affect.stimuli import load_stimuli
             from lens_affect.stories import Stories
             import pandas as pd
-            stories = Stories(load_stimuli(), pd.DataFrame({"x": range(200_000)}), "chat", Provenance())
+            stories = Stories(load_stimuli(), pd.DataFrame({"x": range(200_000)}), 2, "chat", Provenance())
             import dataclasses
             Tensors = dataclasses.make_dataclass("Tensors", [("values", torch.Tensor)])
             for result in (stories, Tensors(torch.randn(200_000))):

@@ -9,6 +9,9 @@ from lens_affect.stimuli import EMOTIONS, NEUTRAL, PromptSet, load_prompts
 from lens_affect.stories import MAXIMUM_OVERLAP, Stories, _slots, _trigrams, _verdict, write_stories
 
 QUICK = {"minimum_tokens": 6, "max_new_tokens": 16, "temperature": 1.0}
+TWO_REQUESTS = PromptSet(
+    ("Tell me about {emotion}.", "Why would anybody be {emotion} today?"), ("Tell me about it.",), {}
+)
 ONE_REQUEST = PromptSet(("Tell me about {emotion}.",), ("Tell me about it.",), {})
 
 
@@ -120,7 +123,8 @@ def test_a_copy_is_what_shares_half_of_all_its_three_grams():
 
 def test_the_error_says_why_stories_could_not_be_had_and_what_to_change(tiny_model):
     with pytest.raises(
-        ValueError, match=r"could not get 2 of 2 stories \(first: 'sad'\).*\{'short': 4\}.*minimum_tokens"
+        ValueError,
+        match=r"could not get 2 of 2 stories and 'sad' has 0, fewer than 2; .*\{'short': 4\}.*minimum_tokens",
     ):
         write_stories(
             tiny_model("llama"), ["sad"], n_stories=2, neutral=False, minimum_tokens=50, max_new_tokens=8, max_rounds=2
@@ -167,6 +171,18 @@ def test_two_stories_that_name_their_emotion_are_not_both_kept_when_they_are_cop
             model, [naming_word(model)], n_stories=2, prompts=ONE_REQUEST, neutral=False, temperature=1e-4, max_rounds=2,
             minimum_tokens=6, max_new_tokens=24,
         )  # fmt: skip
+
+
+def test_stories_that_cannot_be_had_are_left_out_with_a_warning(tiny_model, caplog):
+    found = write_stories(
+        tiny_model("llama"), ["sad"], n_stories=3, prompts=TWO_REQUESTS, neutral=False, temperature=1e-4, max_rounds=2,
+        minimum_tokens=6, max_new_tokens=16,
+    )  # fmt: skip
+    assert len(found.stimuli) == 2  # the third story answers the first request again: a copy
+    assert found.n_wanted == 3
+    assert len(found.stimuli.prompts) == len(set(found.stimuli.prompts)) == 2
+    assert str(found).startswith("2 of 3 stories by")
+    assert "1 of 3 stories could not be had and are left out (their draws: {'copy': 2})" in caplog.text
 
 
 def test_progress_ends_with_all_stories(tiny_model):
