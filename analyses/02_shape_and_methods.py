@@ -14,7 +14,8 @@
 # # Is the curve a U, and does written text beat read text?
 #
 # Two claims of arXiv:2604.04064, tested on the two models whose weights a package ships. Every number is from topics that the directions have
-# not seen; intervals are over topics. The runs are resumable: a second start repeats no finished step.
+# not seen; intervals are over topics. The runs are resumable: a second start repeats no finished step. Gemma-3-270M is a base model: asked for a
+# story it writes about it, or lists questions, as often as it tells one; those texts are read as they are, and repetitive ones are drawn again.
 
 # %%
 import os
@@ -33,8 +34,6 @@ HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd(
 FIGURES, RUNS = HERE.parent / "figures", Path(os.environ.get("LENS_AFFECT_RUNS", HERE.parent / "runs"))
 MODELS = ("smollm2-135m-instruct", "gemma-3-270m")[: 1 if QUICK else 2]
 SIZE = {"n_stories": 12, "story_tokens": 120, "n_permutations": 1000, "compare_methods": True}
-# Gemma-3-270M is a base model: four rounds of draws did not bring 252 acceptable stories within 20 minutes on 2 cores.
-OF_MODEL = {"gemma-3-270m": {"methods": ("comprehension",), "compare_methods": False}}
 if QUICK:
     SIZE |= {"n_permutations": 20, "compare_methods": False, "methods": ("comprehension",)}
     SIZE["emotions"] = ("happy", "angry", "sad")
@@ -58,12 +57,7 @@ def finding(start, curves):
 
 
 # %%
-runs = {
-    name: la.run_sweep(
-        la.make_spec(model=name, **SIZE | OF_MODEL.get(name, {})), RUNS / f"analysis-{name}", resume=True
-    )
-    for name in MODELS
-}
+runs = {name: la.run_sweep(la.make_spec(model=name, **SIZE), RUNS / f"analysis-{name}", resume=True) for name in MODELS}
 for run in runs.values():
     for method in run.spec.methods:
         print(run.headline(method))
