@@ -253,60 +253,37 @@ def localize(
         >>> print(localize(activations, score="nearest_mean", n_permutations=200, seed=0))  # doctest: +SKIP
     """
     clock = Stopwatch()
-    _check(activations, score)
+    _check(activations, score, null, test_groups)
     stimuli = activations.stimuli
     design, emotions = make_design(stimuli, n_splits=n_splits, test_groups=test_groups, seed=seed)
-    _check_score(score, design, stimuli, null)
-    if test_groups is not None and SCORES[score].kind != "accuracy":
-        raise ValueError(
-            f"received score={score!r} with test_groups; allowed are scores of kind accuracy: nearest_mean, logistic"
-        )
+    _check_labels(score, design, stimuli)
     labellings = draw_labellings(stimuli, design, n_permutations if null == "labels" else 0, seed)
     draws = _draw_directions(design, n_permutations, seed) if null == "directions" else None
-    rows, kind = _rows(activations), SCORES[score].kind
-
-    observed: list[LayerScores] = []
-    permuted, permuted_emotions = [], []
-    for i, (_, _, x) in enumerate(rows):
+    rows = _rows(activations)
+    measured = []
+    for name, depth, x in rows:
         with _one_thread():
-            result = SCORE_LAYER[score](x, labellings[:1], design)
-            parts = _null_scores(score, x, labellings, design, draws)
-        observed.append(result)
-        permuted.append(torch.cat([p.score for p in parts]) if parts else torch.empty(0))
-        permuted_emotions.append(
-            torch.cat([p.per_emotion for p in parts if p.per_emotion is not None])
-            if parts and result.per_emotion is not None
-            else None
-        )
+            measured.append(_measure(score, name, depth, x, labellings, design, draws))
         if progress:
-            progress(i + 1, len(rows))
+            progress(len(measured), len(rows))
 
-    values = torch.cat([o.score for o in observed])
-    with _one_thread():
-        parts = [_leave_one_out(score, x, labellings[:1], design) for _, _, x in rows] if kind == "dprime" else []
-    clusters = torch.stack(
-        [p.score for p in parts] if parts else [o.per_cluster[0] for o in observed], 1
-    )  # cluster, row
+    better, kind = SCORES[score].better, SCORES[score].kind
+    values = torch.cat([m.observed.score for m in measured])
+    clusters = torch.stack([m.clusters for m in measured], 1)  # cluster, row
     clusters = clusters[~clusters.isnan().any(1)]  # a fold that lacks one side has no AUC
     interval, per_cluster = _interval(values, clusters, jackknife=kind in ("cosine", "dprime"))
-    limits = _null(values, torch.stack(permuted, 1), SCORES[score].better) if n_permutations else None
-    nan = torch.full_like(values, torch.nan)
-    depths = torch.tensor([d for _, d, _ in rows], dtype=torch.double)
-    names = tuple(name for name, _, _ in rows)
     return LocalizationCurve(
         score=score,
-        better=SCORES[score].better,
+        better=better,
         unit=SCORES[score].unit,
-        rows=names,
-        depth=depths,
+        rows=tuple(m.name for m in measured),
+        depth=torch.tensor([m.depth for m in measured], dtype=torch.double),
         values=values,
         low=torch.from_numpy(interval.low),
         high=torch.from_numpy(interval.high),
-        **(limits or dict.fromkeys(("null_mean", "null_low", "null_high", "threshold", "p", "p_family"), nan)),
+        **_null(values, torch.stack([m.permuted for m in measured], 1), better),
         per_cluster=per_cluster,
-        per_emotion=_per_emotion(
-            observed, permuted_emotions, parts, emotions, names, depths, kind, SCORES[score].better
-        ),
+        per_emotion=_per_emotion(measured, emotions, kind, better),
         n_texts=int(((design.labels >= 0) & (design.folds >= 0)).sum()),
         n_groups=len(set(design.clusters[design.folds >= 0].tolist())),
         n_emotions=design.n_classes,
@@ -314,6 +291,40 @@ def localize(
         null=null,
         method=stimuli.name,
         provenance=activations.provenance.updated(seed=seed, elapsed_seconds=clock.seconds),
+    )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One row of a curve before intervals and p-values."""
+
+    name: str
+    depth: float
+    observed: LayerScores
+    permuted: Float[Tensor, " draw"]
+    permuted_emotions: Float[Tensor, "draw emotion"] | None
+    left_out: LayerScores | None
+    """d' without each group in turn."""
+
+    @property
+    def clusters(self) -> Float[Tensor, " cluster"]:
+        """Score per group, or without each group for d'."""
+        return self.observed.per_cluster[0] if self.left_out is None else self.left_out.score
+
+
+def _measure(
+    score: str, name: str, depth: float, x: Tensor, labellings: Tensor, design: Design, draws: Tensor | None
+) -> _Measured:
+    observed = SCORE_LAYER[score](x, labellings[:1], design)
+    null = _null_scores(score, x, labellings, design, draws)
+    of_emotions = [n.per_emotion for n in null if n.per_emotion is not None]
+    return _Measured(
+        name=name,
+        depth=depth,
+        observed=observed,
+        permuted=torch.cat([n.score for n in null]) if null else torch.empty(0, dtype=torch.double),
+        permuted_emotions=torch.cat(of_emotions) if of_emotions else None,
+        left_out=_leave_one_out(score, x, labellings[:1], design) if SCORES[score].kind == "dprime" else None,
     )
 
 
@@ -328,9 +339,19 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _check(activations: Activations, score: str) -> None:
+def _check(activations: Activations, score: str, null: str, test_groups: Sequence[str] | None) -> None:
     if score not in SCORES:
         raise ValueError(f"received score={score!r}; allowed are {list(SCORES)}")
+    if null not in ("labels", "directions"):
+        raise ValueError(f"received null={null!r}; allowed are 'labels' and 'directions'")
+    if null == "directions" and score not in WITH_DIRECTIONS:
+        raise ValueError(
+            f"received score={score!r} with null='directions'; allowed are {list(WITH_DIRECTIONS)}: use null='labels'"
+        )
+    if test_groups is not None and SCORES[score].kind != "accuracy":
+        raise ValueError(
+            f"received score={score!r} with test_groups; allowed are scores of kind accuracy: nearest_mean, logistic"
+        )
     if int(activations.counts.max()) != 1 or activations.squares:
         raise ValueError(
             "received activations kept as moments; folds need one row per text: extract with keep='pooled'"
@@ -338,13 +359,7 @@ def _check(activations: Activations, score: str) -> None:
     _ = activations.values  # says which sites there are if several
 
 
-def _check_score(score: str, design: Design, stimuli: Stimuli, null: str) -> None:
-    if null not in ("labels", "directions"):
-        raise ValueError(f"received null={null!r}; allowed are 'labels' and 'directions'")
-    if null == "directions" and score not in WITH_DIRECTIONS:
-        raise ValueError(
-            f"received score={score!r} with null='directions'; allowed are {list(WITH_DIRECTIONS)}: use null='labels'"
-        )
+def _check_labels(score: str, design: Design, stimuli: Stimuli) -> None:
     if score == "mean_cosine_neutral" and NEUTRAL not in stimuli.labels:
         raise ValueError("score='mean_cosine_neutral' needs texts labelled 'neutral'; add some, or use another score")
     if score == "valence" and {True, False} - set(design.positive):
@@ -421,68 +436,44 @@ def _leave_one_out(score: str, x: Tensor, labels: Tensor, design: Design) -> Lay
 
 
 def _null(values: Tensor, permuted: Tensor, better: Better) -> dict[str, Tensor]:
+    names = {"null_mean": "mean", "null_low": "low", "null_high": "high"}
+    names |= {name: name for name in ("threshold", "p", "p_family")}
+    if not len(permuted):
+        return dict.fromkeys(names, torch.full_like(values, torch.nan))
     null = max_null(values.numpy(), permuted.numpy(), better=better)
-    found = {
-        "null_mean": null.mean,
-        "null_low": null.low,
-        "null_high": null.high,
-        "threshold": null.threshold,
-        "p": null.p,
-        "p_family": null.p_family,
-    }
-    return {k: torch.from_numpy(np.asarray(v)) for k, v in found.items()}
+    return {ours: torch.from_numpy(np.asarray(getattr(null, theirs))) for ours, theirs in names.items()}
 
 
-def _per_emotion(
-    observed: Sequence[LayerScores],
-    permuted: Sequence[Tensor | None],
-    parts: Sequence[LayerScores],
-    emotions: Sequence[str],
-    names: Sequence[str],
-    depths: Tensor,
-    kind: str,
-    better: Better,
-) -> pd.DataFrame:
+def _per_emotion(measured: Sequence[_Measured], emotions: Sequence[str], kind: str, better: Better) -> pd.DataFrame:
     columns = ["emotion", "row", "depth", "score", "low", "high", "null_mean", "p", "p_family"]
-    if observed[0].per_emotion is None:
+    scores = [m.observed.per_emotion for m in measured if m.observed.per_emotion is not None]
+    if not scores:
         return pd.DataFrame(columns=columns)
-    values = torch.stack([o.per_emotion[0] for o in observed if o.per_emotion is not None])  # row, emotion
-    shape = values.shape
-    null_mean, p, p_family = (np.full(shape, np.nan) for _ in range(3))
-    known = [q for q in permuted if q is not None]
-    if known:
-        null = max_null(values.flatten().numpy(), torch.stack(known, 1).flatten(1).numpy(), better=better)
-        null_mean, p, p_family = (a.reshape(shape) for a in (null.mean, null.p, null.p_family))
+    values = torch.cat(scores)  # row, emotion
+    null_mean, p, p_family = (np.full(values.shape, np.nan) for _ in range(3))
+    permuted = [m.permuted_emotions for m in measured if m.permuted_emotions is not None]
+    if permuted:
+        null = max_null(values.flatten().numpy(), torch.stack(permuted, 1).flatten(1).numpy(), better=better)
+        null_mean, p, p_family = (a.reshape(values.shape) for a in (null.mean, null.p, null.p_family))
     table = []
-    for i, name in enumerate(names):
-        cells = observed[i].emotion_cluster
-        assert cells is not None  # a score with per-emotion values has them per cluster too
+    for i, m in enumerate(measured):
         for j, emotion in enumerate(emotions):
-            left_out = parts[i].per_emotion if parts else None
-            if left_out is not None:
-                kept = left_out[:, j][~left_out[:, j].isnan()]
-                interval = jackknife_interval(values[i, j].numpy(), kept.numpy())
-                low, high = float(interval.low), float(interval.high)
-            else:
-                low, high = _emotion_interval(cells[0, j][~cells[0, j].isnan()].numpy(), kind)
-            table.append(
-                [
-                    emotion,
-                    name,
-                    float(depths[i]),
-                    float(values[i, j]),
-                    low,
-                    high,
-                    null_mean[i, j],
-                    p[i, j],
-                    p_family[i, j],
-                ]
-            )
+            low, high = _emotion_interval(m, j, float(values[i, j]), kind)
+            row = emotion, m.name, m.depth, float(values[i, j]), low, high, null_mean[i, j], p[i, j], p_family[i, j]
+            table.append(row)
     return pd.DataFrame(table, columns=columns)
 
 
-def _emotion_interval(seen: np.ndarray, kind: str) -> tuple[float, float]:
-    """Wilson for a share of texts (t has no width at 0 and 1), t for d'."""
+def _emotion_interval(measured: _Measured, emotion: int, value: float, kind: str) -> tuple[float, float]:
+    """Jackknife for d', Wilson for a share of texts (t has no width at 0 and 1), t for a mean of shares."""
+    if measured.left_out is not None:
+        assert measured.left_out.per_emotion is not None  # d' has a value per emotion
+        left_out = measured.left_out.per_emotion[:, emotion]
+        interval = jackknife_interval(np.array(value), left_out[~left_out.isnan()].numpy())
+        return float(interval.low), float(interval.high)
+    cells = measured.observed.emotion_cluster
+    assert cells is not None  # a score with per-emotion values has them per cluster too
+    seen = cells[0, emotion][~cells[0, emotion].isnan()].numpy()
     if kind == "accuracy" and len(seen) and np.isin(seen, (0.0, 1.0)).all():
         found = stats.binomtest(int(seen.sum()), len(seen)).proportion_ci(method="wilson")
         return float(found.low), float(found.high)

@@ -16,8 +16,9 @@ from lens_affect.models import load_model
 from lens_affect.stimuli import load_stimuli
 from tests.tiny import make_hf_model, make_tokenizer
 
-# Tiny models are faster on one thread, and many times faster when the other core is busy; real weights ask for all cores.
+# Tiny models are faster on one thread, and many times faster when the other core is busy; real weights share the cores out.
 torch.set_num_threads(1)
+THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 TIME_BUDGETS = {
     "test_analyses.py": 150,
@@ -86,7 +87,7 @@ def real_model():
     loaded = {}
 
     def make(name: str):
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(THREADS)
         if name not in loaded:
             start = time.monotonic()
             try:
