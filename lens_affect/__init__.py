@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from lens_affect.catalogue import CATALOGUE as CATALOGUE
     from lens_affect.comparison import MethodComparison as MethodComparison
     from lens_affect.comparison import compare_methods as compare_methods
+    from lens_affect.contrasts import ContrastPairs as ContrastPairs
+    from lens_affect.contrasts import load_pairs as load_pairs
     from lens_affect.generation import Generated as Generated
     from lens_affect.generation import Intervention as Intervention
     from lens_affect.generation import generate as generate
@@ -57,7 +59,6 @@ if TYPE_CHECKING:
     from lens_affect.statistics import mann_whitney as mann_whitney
     from lens_affect.statistics import paired_tests as paired_tests
     from lens_affect.stimuli import EMOTIONS as EMOTIONS
-    from lens_affect.stimuli import ContrastPairs as ContrastPairs
     from lens_affect.stimuli import Stimuli as Stimuli
     from lens_affect.stimuli import load_prompts as load_prompts
     from lens_affect.stimuli import load_stimuli as load_stimuli
@@ -79,7 +80,7 @@ _HOME = {
     "AxisAgreement": "axes",
     "CATALOGUE": "catalogue",
     "CheckReport": "selfchecks",
-    "ContrastPairs": "stimuli",
+    "ContrastPairs": "contrasts",
     "CurveShape": "shapes",
     "EMOTIONS": "stimuli",
     "EmotionVectors": "vectors",
@@ -114,6 +115,7 @@ _HOME = {
     "generate": "generation",
     "lexical_bar": "lexical",
     "load_model": "models",
+    "load_pairs": "contrasts",
     "load_prompts": "stimuli",
     "load_stimuli": "stimuli",
     "load_study": "study",
