@@ -32,11 +32,15 @@ if TYPE_CHECKING:
     from lens_affect.localization import LocalizationCurve as LocalizationCurve
     from lens_affect.localization import localize as localize
     from lens_affect.models import load_model as load_model
+    from lens_affect.patching import PatchingMap as PatchingMap
+    from lens_affect.patching import patch_sites as patch_sites
     from lens_affect.plotting import plot_anisotropy as plot_anisotropy
     from lens_affect.plotting import plot_curves as plot_curves
     from lens_affect.plotting import plot_emotions as plot_emotions
     from lens_affect.plotting import plot_methods as plot_methods
+    from lens_affect.plotting import plot_patching as plot_patching
     from lens_affect.plotting import plot_reliability as plot_reliability
+    from lens_affect.plotting import plot_siblings as plot_siblings
     from lens_affect.plotting import plot_similarity as plot_similarity
     from lens_affect.plotting import plot_valence_arousal as plot_valence_arousal
     from lens_affect.plotting import save_figure as save_figure
@@ -90,6 +94,7 @@ _HOME = {
     "LexicalBar": "lexical",
     "LocalizationCurve": "localization",
     "MethodComparison": "comparison",
+    "PatchingMap": "patching",
     "Provenance": "results",
     "Recommendation": "advice",
     "SCORES": "scores",
@@ -126,11 +131,14 @@ _HOME = {
     "mann_whitney": "statistics",
     "measure_anisotropy": "anisotropy",
     "paired_tests": "statistics",
+    "patch_sites": "patching",
     "plot_anisotropy": "plotting",
     "plot_curves": "plotting",
     "plot_emotions": "plotting",
     "plot_methods": "plotting",
+    "plot_patching": "plotting",
     "plot_reliability": "plotting",
+    "plot_siblings": "plotting",
     "plot_similarity": "plotting",
     "plot_valence_arousal": "plotting",
     "recommend": "advice",
