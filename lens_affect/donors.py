@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lens_affect.adapter import LensModel, add_hooks, run_trunk
 from lens_affect.matching import MatchedPairs
-from lens_affect.replay import Edit, Recording
+from lens_affect.recording import Recording
+from lens_affect.replay import Edit
 from lens_affect.sites import resolve_site
 from lens_affect.statistics import derive_generator, derive_seed
 from lens_affect.stimuli import EMOTIONS

@@ -22,7 +22,8 @@ from lens_affect.contrasts import ContrastPairs
 from lens_affect.donors import DONORS, Donor, make_donors
 from lens_affect.matching import MatchedPairs, match_pairs
 from lens_affect.nulls import max_null, p_text, sign_flips, simultaneous_interval
-from lens_affect.replay import BATCH_TOKENS, Outcome, Patch, Replay, record
+from lens_affect.recording import BATCH_TOKENS, record
+from lens_affect.replay import Outcome, Patch, Replay
 from lens_affect.results import Provenance, Stopwatch, load_result, save_result
 from lens_affect.selfchecks import ensure_checked
 from lens_affect.sites import SITES, resolve_site

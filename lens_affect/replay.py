@@ -6,34 +6,26 @@ the positions before; only the last position is unembedded. Patches share the ba
 the patches of layer l join it there, together with the texts that the replacement comes from, so that a replacement is copied
 from one row of the batch to another inside the hook and nothing but the streams, keys and values has to be kept.
 
-Texts are kept right-aligned: the last real token of each is in the last column, so a suffix is a slice for texts of any length.
-
 What is computed are the blocks of the bridge themselves, with their hook points, so that a patch hits what `Site.at(layer)`
 names. Whether that is exact is not looked up in a list of architectures but measured: `Replay` compares patches at each kind
 of layer with full forward passes and falls back to those, with the reason, where they differ.
 """
 
-import inspect
 import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lens_affect.adapter import LensModel, add_hooks, device_of, is_bridge, run_logits, run_trunk
+from lens_affect.adapter import LensModel, add_hooks
+from lens_affect.recording import BATCH_TOKENS, Recording, Trunk, last_logits, rows_of_full_pass, slices, unembed
 from lens_affect.sites import Site, resolve_site
 
 log = logging.getLogger(__name__)
 
-BATCH_TOKENS = 2048
-"""Positions that go through a block at once; beyond this a CPU gains nothing and memory grows."""
-LOGITS_AT_ONCE = 2**24
-"""Logits that exist at once: 64 MB in float32."""
 KEY_SHARE = 4
 """So many keys of earlier positions weigh as much memory as one position that is computed."""
 
@@ -73,278 +65,6 @@ class Patch(NamedTuple):
     """Last patched position, included."""
     edit: str = ""
     """Name of the edit that makes the replacement out of own and source activation; empty for the source's activation as it is."""
-
-
-@dataclass(frozen=True)
-class _Arguments:
-    """What a block was called with beside the stream, right-aligned; layers of one kind share one object."""
-
-    mask: Float[Tensor, "text head position key"] | Bool[Tensor, "text head position key"]
-    """The attention mask as the block takes it; padded keys are shut out."""
-    rotary: tuple[Float[Tensor, "text position d_rotary"], ...]
-    """Cosines and sines of the positions; empty where the model has no rotary embedding."""
-    position_ids: Int[Tensor, "text position"] | None
-    """Positions as the model counted them, where the block is told."""
-    constants: dict[str, Any]
-    """Everything else; no tensors."""
-
-    def of(self, texts: Int[Tensor, " row"], n: int, width: int) -> dict[str, Any]:
-        """Keyword arguments for the last n positions of these texts, with keys in the last `width` columns."""
-        found = dict(self.constants, attention_mask=self.mask[:, :, -n:, -width:][texts])
-        if self.rotary:
-            found["position_embeddings"] = tuple(table[:, -n:][texts] for table in self.rotary)
-        if self.position_ids is not None:
-            found["position_ids"] = self.position_ids[:, -n:][texts]
-        return found
-
-
-@dataclass(frozen=True)
-class Trunk:
-    """What is needed to resume: right-aligned, position -1 is the last real token of each text."""
-
-    stream: Float[Tensor, "entry text position d_model"]
-    """Entry l enters block l; the last one enters the final norm."""
-    keys: tuple[Float[Tensor, "text key_head position d_head"], ...]
-    """Per layer, as the attention takes them (after the rotary embedding)."""
-    values: tuple[Float[Tensor, "text key_head position d_head"], ...]
-    """Per layer."""
-    arguments: tuple[_Arguments, ...]
-    """Per layer."""
-
-
-@dataclass(frozen=True)
-class Recording:
-    """Unpatched runs of some texts."""
-
-    tokens: Int[Tensor, "text position"]
-    """Token ids, padded on the right."""
-    mask: Int[Tensor, "text position"]
-    """1 where a token is real."""
-    lengths: Int[Tensor, " text"]
-    """Real tokens of each text."""
-    logits: Float[Tensor, "text vocab"]
-    """At the last real position, float32."""
-    trunk: Trunk | None
-    """None where the model cannot be resumed."""
-    obstacle: str
-    """Why there is no trunk; empty where there is one."""
-
-
-@torch.no_grad()
-def record(
-    model: LensModel,
-    tokens: Int[Tensor, "text position"],
-    mask: Int[Tensor, "text position"],
-    *,
-    batch_tokens: int = BATCH_TOKENS,
-) -> Recording:
-    """Run texts once and keep what is needed to resume them at any layer.
-
-    Put both sides of each pair into one recording: then each can be patched with the other.
-
-    Args:
-        model: a bridge or a HookedTransformer; the latter is recorded without a trunk.
-        tokens: token ids, padded on the right.
-        mask: 1 where a token is real.
-        batch_tokens: padded tokens per forward pass.
-
-    Returns:
-        The recording, on the model's device; about `n_layers x (d_model + 2 x n_key_heads x d_head)` numbers per token.
-
-    Raises:
-        ValueError: a mask that is not ones followed by zeros.
-
-    Example:
-        >>> recording = record(model, *pad_right(encoded, pad_token_id(model), device_of(model)))  # doctest: +SKIP
-    """
-    tokens, mask = tokens.to(device_of(model)), mask.to(device_of(model))
-    lengths = mask.sum(1)
-    if bool((lengths == 0).any()) or not torch.equal(mask, _right_padded(lengths, mask.shape[1])):
-        raise ValueError(
-            "received a mask with padding on the left or inside, or an empty text; allowed are ones followed by zeros: "
-            "use adapter.pad_right"
-        )
-    obstacle = "a HookedTransformer's blocks cannot be resumed with recorded keys"
-    if is_bridge(model):
-        try:
-            trunk = _record_trunk(model, tokens, mask, lengths, max(1, batch_tokens // tokens.shape[1]))
-            logits = torch.cat([_head(model, part) for part in _head_parts(model, trunk.stream[-1, :, -1])])
-            return Recording(tokens, mask, lengths, logits, trunk, "")
-        except _CannotResumeError as error:
-            obstacle = str(error)
-    logits = torch.cat(
-        [
-            _last_logits(model, tokens[rows], mask[rows])
-            for rows in _slices(len(tokens), batch_tokens // tokens.shape[1])
-        ]
-    )
-    return Recording(tokens, mask, lengths, logits, None, obstacle)
-
-
-class _CannotResumeError(Exception):
-    """What stands in the way of resuming a model's blocks; never leaves this module."""
-
-
-def _right_padded(lengths: Int[Tensor, " text"], width: int) -> Int[Tensor, "text position"]:
-    return (torch.arange(width, device=lengths.device) < lengths[:, None]).long()
-
-
-def _slices(n: int, size: int) -> Iterator[slice]:
-    size = max(1, size)
-    return (slice(i, min(i + size, n)) for i in range(0, n, size))
-
-
-def _last_logits(
-    model: LensModel, tokens: Int[Tensor, "row position"], mask: Int[Tensor, "row position"]
-) -> Float[Tensor, "row vocab"]:
-    logits = run_logits(model, tokens, mask)
-    return logits[torch.arange(len(tokens), device=logits.device), mask.sum(1) - 1]
-
-
-def _record_trunk(model: Any, tokens: Tensor, mask: Tensor, lengths: Tensor, rows_at_once: int) -> Trunk:
-    recorders = []
-    for rows in _slices(len(tokens), rows_at_once):
-        recorder = _Recorder(model)
-        with recorder:
-            run_trunk(model, tokens[rows], mask[rows])
-        columns = _columns(lengths[rows], tokens.shape[1])
-        recorders.append(recorder.aligned(columns, lengths[rows]))
-    layers = range(len(model.blocks))
-    return Trunk(
-        stream=torch.stack([torch.cat([part.stream[entry] for part in recorders]) for entry in range(len(layers) + 1)]),
-        keys=tuple(torch.cat([part.keys[layer] for part in recorders]) for layer in layers),
-        values=tuple(torch.cat([part.values[layer] for part in recorders]) for layer in layers),
-        arguments=_join_arguments([part.arguments for part in recorders]),
-    )
-
-
-def _columns(lengths: Int[Tensor, " text"], width: int) -> Int[Tensor, "text position"]:
-    """Position of each column of the right-aligned text; columns before its start repeat position 0."""
-    return (torch.arange(width, device=lengths.device) - (width - lengths)[:, None]).clamp(min=0)
-
-
-class _Recorder:
-    """Listens to one forward pass: what enters each block, what it was called with, and its keys and values."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.stream: list[Tensor] = []
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self.called_with: list[dict[str, Any]] = []
-        self.arguments: list[_Arguments] = []
-        self._handles = ExitStack()
-
-    def __enter__(self) -> "_Recorder":
-        with ExitStack() as handles:
-            for block in self.model.blocks:
-                names = tuple(inspect.signature(block.original_component.forward).parameters)
-                handle = block.register_forward_pre_hook(self._enter_block(names), with_kwargs=True)
-                handles.callback(handle.remove)
-            handles.callback(self.model.blocks[-1].register_forward_hook(self._leave_last_block).remove)
-            self._handles = handles.pop_all()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._handles.close()
-
-    def _enter_block(self, names: tuple[str, ...]) -> Callable[..., Any]:
-        def hook(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            called = dict(zip(names, args, strict=False)) | kwargs
-            self.stream.append(called.pop("hidden_states"))
-            self.called_with.append(called)
-            # The recorder poses as the cache of earlier positions: attention hands it keys and values as a cache wants them.
-            return (self.stream[-1],), called | {"past_key_values": self}
-
-        return hook
-
-    def _leave_last_block(self, block: Any, args: tuple[Any, ...], output: Any) -> None:
-        self.stream.append(output[0] if isinstance(output, tuple) else output)
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *rest: Any) -> tuple[Tensor, Tensor]:
-        """What attention calls with its keys and values."""
-        self.keys.append(keys)
-        self.values.append(values)
-        return keys, values
-
-    def aligned(self, columns: Int[Tensor, "text position"], lengths: Int[Tensor, " text"]) -> "_Recorder":
-        """Itself, with everything right-aligned."""
-        n_layers = len(self.model.blocks)
-        if len(self.stream) != n_layers + 1 or len(self.keys) != n_layers:
-            raise _CannotResumeError(
-                f"{len(self.stream)} streams and {len(self.keys)} caches of keys were seen for {n_layers} blocks"
-            )
-        rows = torch.arange(len(columns), device=columns.device)[:, None]
-        self.stream = [stream[rows, columns] for stream in self.stream]
-        self.keys = [keys[rows, :, columns].transpose(1, 2).contiguous() for keys in self.keys]
-        self.values = [values[rows, :, columns].transpose(1, 2).contiguous() for values in self.values]
-        known: dict[Any, _Arguments] = {}
-        for called in self.called_with:
-            signature = tuple((name, _identity(value)) for name, value in called.items())
-            if signature not in known:
-                known[signature] = _align(called, columns, lengths)
-            self.arguments.append(known[signature])
-        return self
-
-
-def _identity(value: Any) -> Any:
-    return tuple(map(id, value)) if isinstance(value, tuple) else id(value)
-
-
-def _align(called: dict[str, Any], columns: Int[Tensor, "text position"], lengths: Int[Tensor, " text"]) -> _Arguments:
-    """The right-aligned arguments of a block.
-
-    Raises:
-        _CannotResumeError: there is a tensor whose axes are not known, or no mask to cut from.
-    """
-    called = {name: value for name, value in called.items() if name not in ("past_key_values", "use_cache")}
-    mask = called.pop("attention_mask", None)
-    rotary = called.pop("position_embeddings", None)
-    positions = called.pop("position_ids", None)
-    if not isinstance(mask, Tensor) or mask.ndim != 4:
-        raise _CannotResumeError("its blocks are called without a mask of four axes")
-    unknown = [name for name, value in called.items() if isinstance(value, (Tensor, tuple, list))]
-    if unknown:
-        raise _CannotResumeError(f"its blocks take {unknown}, whose axes are not known here")
-    n_texts, width = columns.shape
-    rows = torch.arange(n_texts, device=columns.device)
-    cut = mask.expand(n_texts, -1, -1, -1)[rows[:, None, None], :, columns[:, :, None], columns[:, None, :]]
-    shut = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    padded = ~_right_padded(lengths, width).flip(1).bool()
-    return _Arguments(
-        mask=cut.permute(0, 3, 1, 2).masked_fill(padded[:, None, None, :], shut),
-        rotary=tuple(t.expand(n_texts, -1, -1)[rows[:, None], columns] for t in rotary or ()),
-        position_ids=None if positions is None else positions.expand(n_texts, -1)[rows[:, None], columns],
-        constants=called,
-    )
-
-
-def _join_arguments(parts: list[list[_Arguments]]) -> tuple[_Arguments, ...]:
-    known: dict[Any, _Arguments] = {}
-    joined = []
-    for layer in zip(*parts, strict=True):
-        signature = tuple(map(id, layer))
-        if signature not in known:
-            ids = [a.position_ids for a in layer if a.position_ids is not None]
-            known[signature] = _Arguments(
-                mask=torch.cat([a.mask for a in layer]),
-                rotary=tuple(torch.cat(tables) for tables in zip(*(a.rotary for a in layer), strict=True)),
-                position_ids=torch.cat(ids) if ids else None,
-                constants=layer[0].constants,
-            )
-        joined.append(known[signature])
-    return tuple(joined)
-
-
-def _head(model: Any, stream: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocab"]:
-    """Final norm, unembedding and Gemma 2's soft cap, in float32; compared with the model's own logits by Replay."""
-    logits = model.unembed(model.ln_final(stream[:, None]))[:, 0].float()
-    cap = getattr(model.original_model.config.get_text_config(), "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def _head_parts(model: Any, stream: Float[Tensor, "row d_model"]) -> Iterator[Float[Tensor, "part d_model"]]:
-    return (stream[part] for part in _slices(len(stream), LOGITS_AT_ONCE // int(model.cfg.d_vocab)))
 
 
 class _Row(NamedTuple):
@@ -597,7 +317,10 @@ class Replay:
         lengths = self.recording.lengths.tolist()
         if way == "full":
             width = max(max(lengths[row.text], lengths[row.source]) for row in rows)
-            yield from ((rows[part], width) for part in _slices(len(rows), self.batch_tokens // (3 * width)))
+            at_once = (
+                rows_of_full_pass(self.model, width, self.batch_tokens) // 3
+            )  # each row may bring its text and its source
+            yield from ((rows[part], width) for part in slices(len(rows), at_once))
             return
         rows = sorted(rows, key=lambda row: (-row.first, row.entry, row.site, row.text))
         while rows:
@@ -608,7 +331,7 @@ class Replay:
             similar = sum(1 for row in rows if row.first >= n * share)
             together = sorted(rows[:similar], key=lambda row: (row.entry, row.site, row.text))
             width = max(max(lengths[row.text], lengths[row.source]) for row in together)
-            for part in _slices(similar, int(self.batch_tokens / (n + width / KEY_SHARE))):
+            for part in slices(similar, int(self.batch_tokens / (n + width / KEY_SHARE))):
                 yield together[part], n
             rows = rows[similar:]
 
@@ -652,10 +375,8 @@ class Replay:
             if now > old:
                 base = trunk.stream[layer + 1, texts[old:now], -n:]
                 change[old:now, 1] = _relative_change(stream[old:now], base, patched[old:now])
-        i = 0
-        for part in _head_parts(self.model, stream[:, -1]):
-            yield i, _head(self.model, part), change[i : i + len(part)]
-            i += len(part)
+        for i, logits in unembed(self.model, stream[:, -1]):
+            yield i, logits, change[i : i + len(logits)]
 
     def _pass_fully(
         self, rows: list[_Row], exchange: _Exchange, changes: "_Changes"
@@ -671,7 +392,7 @@ class Replay:
         shift = self.recording.lengths[[row.source for row in rows]] - lengths[: len(rows)]
         exchange.plan(rows, 0, places, from_end, (columns + shift[:, None]).clamp(0, width - 1))
         changes.expect(rows, places, _patched(rows, from_end))
-        logits = _last_logits(self.model, self.recording.tokens[batch, :width], self.recording.mask[batch, :width])
+        logits = last_logits(self.model, self.recording.tokens[batch, :width], self.recording.mask[batch, :width])
         yield 0, logits[: len(rows)], changes.found[:, None].expand(-1, 2)
 
     @torch.no_grad()
@@ -679,11 +400,11 @@ class Replay:
         """Compare both ways at each kind of layer and site, for the longest and the shortest text."""
         patches = self._samples()
         texts = sorted({patch.text for patch in patches})
-        own = _last_logits(self.model, self.recording.tokens[texts], self.recording.mask[texts])
+        own = last_logits(self.model, self.recording.tokens[texts], self.recording.mask[texts])
         full = self._run(patches, "full", _all_logits)
         try:
             resumed = self._run(patches, "resumed", _all_logits)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             self._give_up(f"resuming its blocks failed: {error}")

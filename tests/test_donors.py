@@ -7,7 +7,7 @@ from lens_affect.adapter import add_hooks, run_trunk
 from lens_affect.contrasts import ContrastPairs
 from lens_affect.donors import _principal, make_donors
 from lens_affect.matching import match_pairs
-from lens_affect.replay import record
+from lens_affect.recording import record
 from lens_affect.sites import resolve_site
 
 TOPICS = ("train", "garden", "school", "market")

@@ -17,13 +17,12 @@ from transformers import (
 
 from lens_affect.adapter import add_hooks, run_logits
 from lens_affect.models import load_model
-from lens_affect.replay import Patch, Recording, Replay, record, tolerance
+from lens_affect.recording import Recording, record
+from lens_affect.replay import Patch, Replay, tolerance
 from lens_affect.sites import SITES, resolve_site
-from tests.tiny import _GATED, FAMILIES, make_tokenizer
+from tests.pairs import FIRST_DIFFERENCE, LENGTHS, make_pairs
+from tests.tiny import _GATED, FAMILIES, make_hf_model, make_tokenizer
 
-LENGTHS = (20, 27, 20, 24)
-"""Of each pair; all longer than twice the sliding window of 8."""
-FIRST_DIFFERENCE = (3, 12, 0, 9)
 EXTRA = {
     "qwen2-sliding": (
         Qwen2ForCausalLM,
@@ -64,20 +63,6 @@ def model_of(tiny_model, extra_models):
         return extra_models[family]
 
     return make
-
-
-def make_pairs() -> tuple[torch.Tensor, torch.Tensor]:
-    """Clean texts in rows 0 to 3, corrupted ones in rows 4 to 7, padded on the right."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.full((2 * len(LENGTHS), max(LENGTHS)), 2)
-    for pair, (length, first) in enumerate(zip(LENGTHS, FIRST_DIFFERENCE, strict=True)):
-        clean = torch.randint(3, 400, (length,), generator=generator)
-        corrupted = torch.randint(3, 400, (length,), generator=generator)
-        corrupted[:first] = clean[:first]
-        tokens[pair, :length] = clean
-        tokens[pair + len(LENGTHS), :length] = corrupted
-    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS * 2)[:, None]).long()
-    return tokens, mask
 
 
 def spans(pair: int, mode: str) -> list[tuple[int, int]]:
@@ -191,6 +176,16 @@ def test_patching_a_text_with_itself_changes_nothing(model_of, family):
         assert_close(found[rows], again[rows])
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_processed_weights_are_resumed_too(family):
+    model = load_model(make_hf_model(family), tokenizer=make_tokenizer(), compatibility=True)
+    recording = record(model, *make_pairs())
+    replay = Replay(model, recording, sites=available(model))
+    assert replay.way == "resumed", replay.reason
+    patches = denoise(available(model), [1], "all")[::5]
+    assert_close(replay.run(patches), torch.stack([plainly(model, recording, patch) for patch in patches]))
+
+
 def test_noise_and_mismatched_sources_come_from_the_same_recording(model_of):
     model = model_of("llama")
     recording = record(model, *make_pairs())
@@ -255,9 +250,9 @@ def test_a_model_whose_blocks_cannot_be_resumed_takes_full_passes_and_says_why(t
     assert_close(replay.run(patches), resumed)
 
 
-def test_blocks_with_unknown_arguments_are_recorded_without_a_trunk(tiny_model, monkeypatch):
+def test_a_hooked_transformer_takes_full_passes(tiny_model, monkeypatch):
     model = tiny_model("gpt2")
-    monkeypatch.setattr("lens_affect.replay.is_bridge", lambda model: False)
+    monkeypatch.setattr("lens_affect.recording.is_bridge", lambda model: False)
     recording = record(model, *make_pairs())
     assert recording.trunk is None
     replay = Replay(model, recording, sites=["v"])
@@ -280,16 +275,6 @@ def test_no_hook_is_left_behind_after_a_run_or_an_error(model_of):
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
     assert not any(block._forward_pre_hooks or block._forward_hooks for block in model.blocks)
     assert_close(record(model, *make_pairs()).logits, recording.logits)
-
-
-def test_recording_in_parts_is_recording_at_once(model_of):
-    model = model_of("gemma3")
-    whole, parts = (record(model, *make_pairs(), batch_tokens=size) for size in (10_000, 60))
-    assert_close(parts.logits, whole.logits)
-    assert whole.trunk is not None
-    assert parts.trunk is not None
-    assert_close(parts.trunk.stream[:, :, -19:], whole.trunk.stream[:, :, -19:])
-    assert len({id(arguments) for arguments in parts.trunk.arguments}) == len({id(a) for a in whole.trunk.arguments})
 
 
 def test_wrong_patches_and_masks_are_refused_with_the_next_step(model_of):
