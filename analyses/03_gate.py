@@ -22,7 +22,6 @@
 import os
 from pathlib import Path
 
-import pandas as pd
 import plotly.io as pio
 
 import lens_affect as la

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from lens_affect.geometry import GeometryAgreement as GeometryAgreement
     from lens_affect.geometry import compare_geometry as compare_geometry
     from lens_affect.geometry import emotion_rdm as emotion_rdm
+    from lens_affect.gradients import agreement as agreement
+    from lens_affect.gradients import approximate_patches as approximate_patches
     from lens_affect.lexical import LexicalBar as LexicalBar
     from lens_affect.lexical import lexical_bar as lexical_bar
     from lens_affect.localization import LocalizationCurve as LocalizationCurve
@@ -105,6 +107,8 @@ _HOME = {
     "Stories": "stories",
     "Sweep": "sweeps",
     "SweepSpec": "sweeps",
+    "agreement": "gradients",
+    "approximate_patches": "gradients",
     "check_effect_size": "statistics",
     "check_model": "selfchecks",
     "compare_geometry": "geometry",

@@ -282,7 +282,14 @@ def run_trunk(model: Any, tokens: Int[Tensor, "row position"], mask: Int[Tensor,
 def run_logits(
     model: Any, tokens: Int[Tensor, "row position"], mask: Int[Tensor, "row position"]
 ) -> Float[Tensor, "row position vocab"]:
-    """Logits at every position, float32."""
+    """Logits at every position, float32, without a graph."""
+    return logits_of(model, tokens, mask)
+
+
+def logits_of(
+    model: Any, tokens: Int[Tensor, "row position"], mask: Int[Tensor, "row position"]
+) -> Float[Tensor, "row position vocab"]:
+    """Logits at every position, float32, with a graph where gradients are on."""
     if is_bridge(model):
         return model.original_model(input_ids=tokens, attention_mask=mask, use_cache=False).logits.float()
     return model(tokens, attention_mask=mask, return_type="logits").float()

@@ -299,7 +299,7 @@ def patch_sites(
         >>> patch_sites(model, load_pairs("affect"), sites=["gate", "up"], positions="last").to_frame()  # doctest: +SKIP
     """
     clock = Stopwatch()
-    chosen = _check(model, sites, layers, positions, metric, direction, controls)
+    chosen = check_patching(model, sites, layers, positions, metric, direction, controls)
     matched = match_pairs(model, pairs, drop=drop)
     ensure_checked(model)
     n = len(matched)
@@ -318,7 +318,7 @@ def patch_sites(
     replay = Replay(
         model, recording, sites=sites, edits={d.name: d.edit for d in donors if d.edit}, batch_tokens=batch_tokens
     )
-    places = _places(matched, positions)
+    places = places_of(matched, positions)
     cells = _cells(matched, sites, chosen, places, donors, direction)
     outcome = replay.run([cell.patch for cell in cells], measure=measure, progress=progress)
     effects, changes = _fill(cells, outcome, offset, (n, len(sites), len(chosen), len(places)), donors, sites)
@@ -347,7 +347,7 @@ def patch_sites(
     )
 
 
-def _check(
+def check_patching(
     model: LensModel,
     sites: Sequence[str],
     layers: Sequence[int] | None,
@@ -356,6 +356,11 @@ def _check(
     direction: str,
     controls: Sequence[str],
 ) -> tuple[int, ...]:
+    """The layers, if everything asked for is there.
+
+    Raises:
+        ValueError: what is not, and what is allowed.
+    """
     for name, received, allowed in (
         ("positions", positions, POSITIONS),
         ("metric", metric, METRICS),
@@ -397,7 +402,7 @@ def _measure(
     return lambda o: torch.stack([sign * matched.log_odds(o.logits, o.texts % n), o.change], 1), gap, offset
 
 
-def _places(matched: MatchedPairs, positions: str) -> dict[str, int | None]:
+def places_of(matched: MatchedPairs, positions: str) -> dict[str, int | None]:
     """Labels of the position axis -> place counted from the end (1 is last), None for all positions."""
     if positions == "all":
         return {"all": None}

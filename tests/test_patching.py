@@ -106,13 +106,13 @@ def planted_neuron(neuron: int = 7, layer: int = 1):
             block.mlp.down_proj.weight.zero_()
         embedding, mlp = hf.model.embed_tokens.weight, hf.model.layers[layer].mlp
         hf.lm_head.weight.zero_()
-        mlp.gate_proj.weight[neuron] = 3 * (embedding[a] - embedding[b]) / embedding[a].norm()
+        mlp.gate_proj.weight[neuron] = 0.2 * (embedding[a] - embedding[b]) / embedding[a].norm()
         mlp.up_proj.weight[neuron] = (embedding[a] + embedding[b]) / embedding[a].norm()
         direction = torch.zeros(32)
         direction[0] = 1
         for block in hf.model.layers[layer:]:
             block.mlp.down_proj.weight[:, neuron] = 0
-        mlp.down_proj.weight[:, neuron] = 10 * direction
+        mlp.down_proj.weight[:, neuron] = 0.3 * direction
         hf.lm_head.weight[x], hf.lm_head.weight[y] = direction, -direction
     return load_model(hf, tokenizer=tokenizer)
 
