@@ -18,29 +18,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_affect.adapter import (
-    Encoded,
-    Hook,
-    LensModel,
-    add_hooks,
-    context_window,
-    device_of,
-    encode,
-    model_info,
-    pad_right,
-    pad_token_id,
-    run_trunk,
-    text_of_token,
-)
+from lens_affect.adapter import Encoded, Hook, LensModel, device_of, model_info, text_of_token
 from lens_affect.components import WriterSites, attention_sites, gate_site, make_writer, mlp_sites
+from lens_affect.projections import UNIT, LayerProjections, encode_text, read_text, require_direction
 from lens_affect.results import Provenance, Stopwatch, load_result, save_result
-from lens_affect.selfchecks import TOLERANCES, ensure_checked
+from lens_affect.selfchecks import TOLERANCES
 from lens_affect.sites import resolve_site
 from lens_affect.vectors import EmotionVectors
-from lens_affect.views import view_tokens
-
-UNIT = "units of the residual stream"
-"""Projections are on unit vectors, so they have the residual stream's own unit, which differs from model to model."""
+from lens_affect.views import view_tokens, visible, write_page
 
 
 @dataclass(frozen=True)
@@ -122,7 +107,6 @@ class DirectAttribution:
 
         Parts are `embedding`, `positional`, `head`, `attention_other`, `mlp` and `mlp_other`; layer and head are missing where there is none.
         """
-        n_tokens, n_layers, n_heads = self.heads.shape
         frames = []
         for part, values in (
             ("embedding", self.embedding),
@@ -133,7 +117,7 @@ class DirectAttribution:
             ("mlp_other", self.mlp_other),
         ):
             index = pd.MultiIndex.from_product(
-                [range(n_tokens), *(range(n) for n in values.shape[1:])],
+                [range(n) for n in values.shape],
                 names=["position", "layer", "head"][: values.ndim],
             )
             column = pd.Series(values.flatten().numpy(), index=index, name="contribution")
@@ -177,9 +161,7 @@ class DirectAttribution:
         own = self.total[list(self.content)] - self.reference
         most, least = (self.tokens[self.content[int(i)]].strip() for i in (own.argmax(), own.argmin()))
         parts = ", ".join(f"{p} {c:+.2f}" for p, c in self.largest_parts(4).itertuples(index=False))
-        named = [
-            f"{row.layer}.{row.neuron} {row.contribution:+.2f}" for row in self.top_neurons().head(4).itertuples()
-        ]
+        named = [f"{row.layer}.{row.neuron} {row.contribution:+.2f}" for row in self.top_neurons().head(4).itertuples()]
         return (
             f"{self.provenance.title}: {self.emotion!r} at layer {self.layer}, mean projection {own.mean():+.2f} from the reference "
             f"({self.reference:+.2f}) over {len(self.content)} tokens, highest at {most!r} ({own.max():+.2f}), lowest at {least!r} ({own.min():+.2f})\n"
@@ -190,58 +172,8 @@ class DirectAttribution:
 
     def _repr_html_(self) -> str:
         head = html.escape(str(self)).replace("\n", "<br>")
-        tables = [
-            t.to_html(index=False, border=0, escape=True, float_format="%.3f")
-            for t in (self.largest_parts(), self.top_neurons().head(8))
-        ]
+        tables = [_table_html(table) for table in (self.largest_parts(), self.top_neurons().head(8))]
         return f"<p>{head}</p>{view_tokens(self, self.total - self.reference, unit=UNIT).html}{''.join(tables)}"
-
-
-@dataclass(frozen=True)
-class LayerProjections:
-    """The projection of every token on an emotion's direction at every layer, measured from the vectors' reference."""
-
-    emotion: str
-    """Whose directions; each layer has its own."""
-    layers: tuple[int, ...]
-    """0-based blocks of the first axis."""
-    tokens: tuple[str, ...]
-    """The tokens as text, with BOS and prompt."""
-    content: tuple[int, ...]
-    """Positions that count: the text's own tokens; no special token, no prompt, never position 0."""
-    values: Float[Tensor, "layer token"]
-    """Projection on the unit direction, in units of the residual stream; 0 is the vectors' reference."""
-    provenance: Provenance
-    """Model, numerics, versions."""
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row per layer and token: layer, position, token, counted, projection."""
-        index = pd.MultiIndex.from_product([self.layers, range(len(self.tokens))], names=["layer", "position"])
-        table = pd.Series(self.values.flatten().numpy(), index=index, name="projection").reset_index()
-        table.insert(2, "token", [self.tokens[i] for i in table["position"]])
-        table.insert(3, "counted", table["position"].isin(self.content))
-        return table
-
-    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Save as a folder (see results.py)."""
-        return save_result(self, folder, overwrite=overwrite)
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> "LayerProjections":
-        """Load what `save` wrote."""
-        return load_result(cls, folder)
-
-    def __str__(self) -> str:
-        means = self.values[:, list(self.content)].mean(1)
-        at = int(means.argmax())
-        return (
-            f"{self.provenance.title}: projection of {len(self.content)} tokens on {self.emotion!r} at {len(self.layers)} layers\n"
-            f"mean highest at layer {self.layers[at]} ({means[at]:+.2f} from the reference, {UNIT})"
-        )
-
-    def _repr_html_(self) -> str:
-        head = html.escape(str(self)).replace("\n", "<br>")
-        return f"<p>{head}</p>{view_tokens(self, self.values, unit=UNIT).html}"
 
 
 def attribute_direction(
@@ -281,7 +213,7 @@ def attribute_direction(
     if n_neurons < 1:
         raise ValueError(f"received n_neurons={n_neurons}; allowed is 1 or more")
     splitter = _Splitter(model, require_direction(model, vectors, emotion, layer), layer, n_neurons)
-    encoded = _encode(model, text, prompt)
+    encoded = encode_text(model, text, prompt)
     splitter.run(encoded)
     at = vectors.layers.index(layer)
     reference = (vectors.reference[at].double() @ vectors.vector(emotion, layer).double()).item()
@@ -296,79 +228,43 @@ def attribute_direction(
     )
 
 
-def projection_by_layer(
-    model: LensModel, text: str, vectors: EmotionVectors, emotion: str, *, prompt: str = ""
-) -> LayerProjections:
-    """Project every token on an emotion's direction at every layer, from the vectors' reference.
+def write_explanation(
+    path: str | os.PathLike[str], parts: DirectAttribution, by_layer: LayerProjections, origin: str = ""
+) -> Path:
+    """Write one offline page about a text: its tokens by layer, what wrote the direction, and where the vectors come from.
 
     Args:
-        model: a bridge or a HookedTransformer.
-        text: what is read.
-        vectors: fitted on this model at resid_post.
-        emotion: one of the vectors' emotions.
-        prompt: a request that the text answers; it is read before the text and does not count.
+        path: where to.
+        parts: of attribute_direction.
+        by_layer: of projection_by_layer, on the same text and emotion.
+        origin: a sentence about the vectors.
 
     Returns:
-        `values[layer, token]` in units of the residual stream.
-
-    Raises:
-        ValueError: vectors of another model or site, an unknown emotion, or a text that is empty or too long.
+        The path.
     """
-    clock = Stopwatch()
-    found: dict[int, Tensor] = {}
-    hooks: list[Hook] = []
-    for i, layer in enumerate(vectors.layers):
-        direction = require_direction(model, vectors, emotion, layer)
-
-        def project(value: Tensor, hook: Any = None, i: int = i, direction: Tensor = direction) -> None:
-            along = direction.to(value.device)
-            found[i] = (value[0].double() - vectors.reference[i].double().to(value.device)) @ along
-
-        hooks.append((resolve_site(model, "resid_post").at(layer), project))
-    encoded = _encode(model, text, prompt)
-    _read(model, encoded, hooks)
-    return LayerProjections(
-        emotion=emotion,
-        layers=vectors.layers,
-        tokens=tuple(text_of_token(model, i) for i in encoded.ids),
-        content=encoded.content,
-        values=torch.stack([found[i] for i in range(len(vectors.layers))]).float().cpu(),
-        provenance=model_info(model).provenance.updated(bos=encoded.bos, elapsed_seconds=clock.seconds),
+    headline = "".join(f"<p>{html.escape(line)}</p>" for line in str(parts).splitlines())
+    tables = [_table_html(table) for table in (parts.largest_parts(12), parts.top_neurons())]
+    return write_page(
+        path,
+        f"{parts.emotion} in {parts.provenance.title}",
+        [
+            headline,
+            f'<p class="note">{html.escape(origin)}</p>',
+            "<h2>Projection by layer, from the vectors' reference</h2>",
+            view_tokens(by_layer, by_layer.values, unit=UNIT, start_layer=parts.layer).html,
+            f"<h2>Largest parts at layer {parts.layer}, mean over the text's tokens</h2>",
+            tables[0],
+            "<h2>Largest neurons, mean over the text's tokens, and where each adds most</h2>",
+            tables[1],
+            '<p class="note">Direct effects only: a head that makes a later neuron fire gets no credit for it, and what writes a direction is not '
+            "shown to be what the model acts on. Parts are measured from the origin of the residual stream, colours from the reference.</p>",
+        ],
     )
 
 
-def require_direction(
-    model: LensModel, vectors: EmotionVectors, emotion: str, layer: int
-) -> Float[Tensor, " d_model"]:
-    """The unit direction in float64, after proving that it belongs to this model's residual stream.
-
-    Raises:
-        ValueError: vectors of another model or site, or an unknown emotion or layer.
-    """
-    ensure_checked(model)
-    vectors.require_match(model_info(model).provenance)
-    if vectors.site != "resid_post":
-        raise ValueError(
-            f"received vectors of site {vectors.site!r}; allowed are those of 'resid_post', the stream that heads and neurons write into: "
-            "fit vectors on resid_post"
-        )
-    return vectors.vector(emotion, layer).double()
-
-
-def _encode(model: LensModel, text: str, prompt: str) -> Encoded:
-    encoded = encode(model, text, prompt)
-    if not encoded.content:
-        raise ValueError(f"received the text {text[:40]!r}, which has no token that counts; allowed is a longer text")
-    if len(encoded.ids) > context_window(model):
-        raise ValueError(
-            f"received a text of {len(encoded.ids)} tokens; allowed are {context_window(model)}, the context window: shorten it"
-        )
-    return encoded
-
-
-def _read(model: LensModel, encoded: Encoded, hooks: list[Hook]) -> None:
-    with add_hooks(model, hooks):
-        run_trunk(model, *pad_right([encoded], pad_token_id(model), device_of(model)))
+def _table_html(table: pd.DataFrame) -> str:
+    shown = table.assign(at=[visible(t) for t in table["at"]]) if "at" in table else table
+    return shown.to_html(index=False, border=0, escape=True, float_format="%.3f")
 
 
 class _Splitter:
@@ -383,7 +279,7 @@ class _Splitter:
         }
         self.candidates: list[tuple[int, int]] = []
         self.cosines: list[float] = []
-        self.embedding = self.positional = self.running = torch.zeros(0)
+        self.embedding = self.positional = self.running = self.total = torch.zeros(0)
         self.largest_error = 0.0
         info = model_info(model).provenance
         self._tolerance = TOLERANCES.get(str(info.dtype), TOLERANCES["float32"])["activations"]
@@ -402,7 +298,7 @@ class _Splitter:
             sites = [*vars(self._attention).values(), *vars(self._mlp).values(), *([self._gate] if self._gate else [])]
             hooks += [(site.at(layer), self._keep(site.name)) for site in sites]
             hooks.append((resid_post.at(layer), self._finish(layer)))
-        _read(self.model, encoded, hooks)
+        read_text(self.model, encoded, hooks)
 
     def _keep(self, key: str) -> Callable[..., None]:
         def hook(value: Tensor, hook: Any = None) -> None:
@@ -475,9 +371,7 @@ class _Splitter:
 
     def results(self) -> dict[str, Any]:
         """The arrays of DirectAttribution."""
-        stacked = {
-            name: torch.stack(self.parts[name], 1) for name in ("heads", "attention_other", "mlps", "mlp_other")
-        }
+        stacked = {name: torch.stack(self.parts[name], 1) for name in ("heads", "attention_other", "mlps", "mlp_other")}
         neurons = {name: torch.cat(self.parts[name], 1) for name in ("neurons", "gates", "activations")}
         order = neurons["neurons"][self.content].mean(0).abs().argsort(descending=True)[: self.n_neurons]
         arrays = stacked | {name: value[:, order] for name, value in neurons.items()}

@@ -32,8 +32,8 @@ from lens_affect.adapter import (
     pad_token_id,
     run_trunk,
 )
-from lens_affect.attribution import require_direction
 from lens_affect.components import gate_site, make_writer, mlp_sites
+from lens_affect.projections import require_direction
 from lens_affect.results import Provenance, Stopwatch, load_result, save_result
 from lens_affect.statistics import adjust_p, mean_interval
 from lens_affect.stimuli import NEUTRAL, Stimuli
@@ -45,7 +45,7 @@ class NeuronTable:
     """Neurons of one layer that tell texts with an emotion from the others through what they write."""
 
     table: pd.DataFrame
-    """One row per emotion and neuron, the clearest differences of each emotion first; columns as in top_neurons."""
+    """One row per emotion and neuron, the largest differences of each emotion first; columns as in top_neurons."""
     layer: int
     """0-based block."""
     n_neurons: int
@@ -75,12 +75,12 @@ class NeuronTable:
         return load_result(cls, folder)
 
     def __str__(self) -> str:
-        first: Any = self.table.sort_values("p", kind="stable").iloc[0]
-        clear = int((self.table["p_holm"] < 0.05).sum())
+        first: Any = self.table.iloc[int(np.abs(self.table["difference"].to_numpy(float)).argmax())]
+        clear = int(np.sum(self.table["p_holm"].to_numpy(float) < 0.05))
         return (
             f"{self.provenance.title}, {self.source}: neurons of layer {self.layer} over {self.n_texts} texts\n"
-            f"clearest: neuron {first['neuron']} writes {first['difference']:+.3f} [{first['low']:+.3f}, {first['high']:+.3f}] more along "
-            f"{first['emotion']!r} in texts with it (n = {self.n_groups[first['emotion']]} groups, Holm p = {first['p_holm']:.2g} over {self.n_tests} tests)\n"
+            f"largest: what neuron {first['neuron']} writes along {first['emotion']!r} differs by {first['difference']:+.3f} [{first['low']:+.3f}, "
+            f"{first['high']:+.3f}] in texts with it (n = {self.n_groups[first['emotion']]} groups, Holm p = {first['p_holm']:.2g} over {self.n_tests} tests)\n"
             f"{clear} of the {len(self.table)} rows shown have a Holm p below 0.05; differences between texts, not effects"
         )
 
@@ -104,7 +104,8 @@ def top_neurons(
     A neuron's contribution to a text is the mean over the text's tokens of act(gate) x up x (W_down row on the direction), with
     Gemma's post-norm scale held fixed per token. Special tokens, the prompt and position 0 never enter. The difference is taken within each group (topic) between the
     mean over texts with the emotion and the mean over all other texts, neutral ones too; interval and p are those of a t test over
-    groups. Vectors that were fitted on the same texts favour neurons that vary with these very texts: use other texts, or take p as descriptive.
+    groups. The direction only scales a neuron's differences, so p is that of its activation, whatever the vectors were fitted on; the
+    sizes, by which neurons are ranked, favour neurons that vary with the very texts the vectors come from.
 
     Args:
         model: a bridge, or a HookedTransformer without post-norms; dense MLPs only.
@@ -112,7 +113,7 @@ def top_neurons(
         vectors: fitted on this model at resid_post.
         layer: 0-based block of the neurons; the direction is that of the same block's output.
         emotions: which; all that stimuli and vectors share by default.
-        n: neurons per emotion, by the size of t.
+        n: neurons to list per emotion, by the size of the difference; all are tested.
         progress: called with (texts done, texts in all).
 
     Returns:
@@ -144,13 +145,19 @@ def top_neurons(
     p_holm = adjust_p(np.stack([found["p"] for found in rows]))
     frames = []
     for emotion, direction, found, adjusted in zip(chosen, directions, rows, p_holm, strict=True):
-        best = np.argsort(np.nan_to_num(found["p"], nan=2.0), kind="stable")[:n]
+        best = np.argsort(-np.abs(found["difference"]), kind="stable")[:n]
         written = writer.rows(best.tolist())
         cosine = torch.cosine_similarity(written, direction.to(written.device)[None], dim=-1)
         columns = {name: found[name][best] for name in ("contribution", "difference", "low", "high", "p")}
-        columns |= {"p_holm": adjusted[best], "gate_own": found["gate_own"][best], "gate_other": found["gate_other"][best]}
+        columns |= {
+            "p_holm": adjusted[best],
+            "gate_own": found["gate_own"][best],
+            "gate_other": found["gate_other"][best],
+        }
         frames.append(
-            pd.DataFrame({"emotion": emotion, "layer": layer, "neuron": best} | columns | {"alignment": cosine.cpu().numpy()})
+            pd.DataFrame(
+                {"emotion": emotion, "layer": layer, "neuron": best} | columns | {"alignment": cosine.cpu().numpy()}
+            )
         )
     return NeuronTable(
         table=pd.concat(frames, ignore_index=True),
@@ -191,7 +198,9 @@ def _paired_groups(stimuli: Stimuli, emotion: str) -> list[str]:
     """Groups that hold texts with the emotion and texts without it."""
     pairs = set(zip(stimuli.groups, stimuli.emotions, strict=True))
     return [
-        g for g in dict.fromkeys(stimuli.groups) if (g, emotion) in pairs and any(a == g and b != emotion for a, b in pairs)
+        g
+        for g in dict.fromkeys(stimuli.groups)
+        if (g, emotion) in pairs and any(a == g and b != emotion for a, b in pairs)
     ]
 
 

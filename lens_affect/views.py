@@ -164,9 +164,7 @@ def view_tokens(
             "p": ",".join(map(str, POSITIVE)),
         }
         data = f' data-view="{html.escape(json.dumps(view, separators=(",", ":")))}"'
-    fragment = (
-        f'<div class="lav"{data}><style>{_STYLE}</style><b>{html.escape(what)}</b>{slider}<div>{spans}</div>{_legend(full, unit, len(names) > 1)}</div>'
-    )
+    fragment = f'<div class="lav"{data}><style>{_STYLE}</style><b>{html.escape(what)}</b>{slider}<div>{spans}</div>{_legend(full, unit, len(names) > 1)}</div>'
     return TokenView(fragment, what)
 
 
