@@ -161,11 +161,15 @@ class DirectAttribution:
         own = self.total[list(self.content)] - self.reference
         most, least = (self.tokens[self.content[int(i)]].strip() for i in (own.argmax(), own.argmin()))
         parts = ", ".join(f"{p} {c:+.2f}" for p, c in self.largest_parts(4).itertuples(index=False))
-        named = [f"{row.layer}.{row.neuron} {row.contribution:+.2f}" for row in self.top_neurons().head(4).itertuples()]
+        listed = self.top_neurons().head(4)
+        named = [
+            f"{layer}.{neuron} {mean:+.2f}"
+            for layer, neuron, mean in zip(listed["layer"], listed["neuron"], listed["contribution"], strict=True)
+        ]
         return (
             f"{self.provenance.title}: {self.emotion!r} at layer {self.layer}, mean projection {own.mean():+.2f} from the reference "
             f"({self.reference:+.2f}) over {len(self.content)} tokens, highest at {most!r} ({own.max():+.2f}), lowest at {least!r} ({own.min():+.2f})\n"
-            f"largest parts (mean): {parts}\n"
+            f"largest parts of the mean ({own.mean() + self.reference:+.2f} in all): {parts}\n"
             f"largest neurons (mean, layer.index): {', '.join(named)}\n"
             f"parts sum to the projection within {self.largest_error:.0e} of the vectors' length; direct effects only"
         )

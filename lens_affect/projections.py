@@ -103,6 +103,7 @@ def projection_by_layer(
     clock = Stopwatch()
     found: dict[int, Tensor] = {}
     hooks: list[Hook] = []
+    resid_post = resolve_site(model, "resid_post")
     for i, layer in enumerate(vectors.layers):
         direction = require_direction(model, vectors, emotion, layer)
 
@@ -110,7 +111,7 @@ def projection_by_layer(
             along = direction.to(value.device)
             found[i] = (value[0].double() - vectors.reference[i].double().to(value.device)) @ along
 
-        hooks.append((resolve_site(model, "resid_post").at(layer), project))
+        hooks.append((resid_post.at(layer), project))
     encoded = encode_text(model, text, prompt)
     read_text(model, encoded, hooks)
     return LayerProjections(

@@ -23,12 +23,12 @@ NEGATIVE, POSITIVE = (0, 114, 178), (213, 94, 0)
 """Blue and vermillion of Okabe and Ito, the ends of plotting's diverging scale; white is 0."""
 _STRONGEST = 0.85
 """Opacity of the ends of the scale: black text on them keeps a contrast above 4.5."""
-LIMIT_QUANTILE = 0.98
-"""Share of the counted values that lies within the colour scale; single outliers would make all others pale."""
+LIMIT_QUANTILE = 0.9
+"""Share of the counted values, over all layers, that lies within the colour scale: the last layers are long and would make all others pale."""
 
 _STYLE = (
     ".lav{background:#fff;color:#111;font:15px/1.9 system-ui,sans-serif;padding:.6em .8em;max-width:960px}"
-    ".lav .t{white-space:pre-wrap;padding:.15em 0;border-radius:2px;unicode-bidi:isolate}"
+    ".lav .t{white-space:pre-wrap;padding:.15em .1em;margin:0 1px;border-radius:2px;unicode-bidi:isolate}"
     ".lav .n{background:#eee;color:#666}"
     ".lav .b{display:inline-block;width:11em;height:.8em;margin:0 .5em;vertical-align:middle;border:1px solid #ccc}"
     ".lav .k{font-size:.8em;color:#444;line-height:1.5;margin-top:.6em}.lav input{vertical-align:middle;width:16em}.lav b{font-weight:600}"
@@ -111,7 +111,7 @@ def view_tokens(
     layers: Sequence[int] | None = None,
     start_layer: int | None = None,
     counted: Sequence[int] | None = None,
-    limit: float | None = None,
+    limit: float | int | None = None,
     unit: str = "",
     title: str | None = None,
 ) -> TokenView:
@@ -125,7 +125,7 @@ def view_tokens(
         layers: names of the layer axis; the source's own, or 0, 1, ... by default.
         start_layer: the layer that is shown first; the middle one by default.
         counted: positions that set the colour scale; the source's content, or all, by default.
-        limit: value of the full colour; by default the 0.98 quantile of the counted values' sizes over all layers, so that one scale
+        limit: value of the full colour; by default the 0.9 quantile of the counted values' sizes over all layers, so that one scale
             serves every layer.
         unit: of the values, for the legend.
         title: a default names the emotion.
@@ -144,7 +144,7 @@ def view_tokens(
         raise ValueError(f"received start_layer={start_layer}; allowed are {names[0]} to {names[-1]}")
     if limit is not None and not limit > 0:
         raise ValueError(f"received limit={limit}; allowed is a positive number")
-    full = limit or _limit(grid, kept)
+    full = float(limit or _limit(grid, kept))
     first = len(names) // 2 if start_layer is None else names.index(start_layer)
     what = title or (f"Projection on {source.emotion}" if isinstance(source, HasTokens) else "Tokens")
     spans = "".join(_cell(token, grid[first, i].item(), i, i in kept, full) for i, token in enumerate(tokens))
@@ -152,7 +152,7 @@ def view_tokens(
     if len(names) > 1:
         slider = (
             f'<div><label>layer <input type="range" min="0" max="{len(names) - 1}" value="{first}" oninput="{html.escape(_HANDLER)}"></label> '
-            f"<output>{names[first]}</output> of {names[0]} to {names[-1]}</div>"
+            f"<output>{names[first]}</output> (of {names[0]} to {names[-1]})</div>"
         )
         view = {
             "v": [[_rounded(x) for x in row] for row in grid.tolist()],
