@@ -51,7 +51,7 @@ def test_measuring_leaves_no_gradient_on_the_model(tiny_model):
 
 
 def test_the_fixed_scale_of_a_post_norm_is_one_over_the_root_mean_square(pair):
-    family, model, _ = pair
+    _, model, _ = pair
     writer = make_writer(model, 0, "mlp")
     before = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
     scale = before.double().square().mean(-1).rsqrt()
