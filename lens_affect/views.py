@@ -239,7 +239,8 @@ def circuitsvis_view(
     """The same text through CircuitsVis' `colored_tokens_multi`, with its library inside: 1.3 MB that load nothing.
 
     For pages of their own (`.save`); notebooks and reports are better served by view_tokens. CircuitsVis' own object would link a content
-    delivery network when printed, and ask the network when shown.
+    delivery network when printed, and ask the network when shown. Its colours are its own: blue is positive, red negative, each layer has
+    its own scale, and every token counts, the attention sink too.
 
     Args:
         source: an attribution, layer projections, or plain tokens.
