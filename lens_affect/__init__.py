@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lens_affect.catalogue import CATALOGUE as CATALOGUE
     from lens_affect.comparison import MethodComparison as MethodComparison
     from lens_affect.comparison import compare_methods as compare_methods
+    from lens_affect.contrasts import ContrastPairs as ContrastPairs
+    from lens_affect.contrasts import load_pairs as load_pairs
     from lens_affect.generation import Generated as Generated
     from lens_affect.generation import Intervention as Intervention
     from lens_affect.generation import generate as generate
@@ -34,11 +36,15 @@ if TYPE_CHECKING:
     from lens_affect.models import load_model as load_model
     from lens_affect.neurons import NeuronTable as NeuronTable
     from lens_affect.neurons import top_neurons as top_neurons
+    from lens_affect.patching import PatchingMap as PatchingMap
+    from lens_affect.patching import patch_sites as patch_sites
     from lens_affect.plotting import plot_anisotropy as plot_anisotropy
     from lens_affect.plotting import plot_curves as plot_curves
     from lens_affect.plotting import plot_emotions as plot_emotions
     from lens_affect.plotting import plot_methods as plot_methods
+    from lens_affect.plotting import plot_patching as plot_patching
     from lens_affect.plotting import plot_reliability as plot_reliability
+    from lens_affect.plotting import plot_siblings as plot_siblings
     from lens_affect.plotting import plot_similarity as plot_similarity
     from lens_affect.plotting import plot_valence_arousal as plot_valence_arousal
     from lens_affect.plotting import save_figure as save_figure
@@ -63,7 +69,6 @@ if TYPE_CHECKING:
     from lens_affect.statistics import mann_whitney as mann_whitney
     from lens_affect.statistics import paired_tests as paired_tests
     from lens_affect.stimuli import EMOTIONS as EMOTIONS
-    from lens_affect.stimuli import ContrastPairs as ContrastPairs
     from lens_affect.stimuli import Stimuli as Stimuli
     from lens_affect.stimuli import load_prompts as load_prompts
     from lens_affect.stimuli import load_stimuli as load_stimuli
@@ -88,7 +93,7 @@ _HOME = {
     "AxisAgreement": "axes",
     "CATALOGUE": "catalogue",
     "CheckReport": "selfchecks",
-    "ContrastPairs": "stimuli",
+    "ContrastPairs": "contrasts",
     "CurveShape": "shapes",
     "DirectAttribution": "attribution",
     "EMOTIONS": "stimuli",
@@ -101,6 +106,7 @@ _HOME = {
     "LocalizationCurve": "localization",
     "MethodComparison": "comparison",
     "NeuronTable": "neurons",
+    "PatchingMap": "patching",
     "Provenance": "results",
     "Recommendation": "advice",
     "SCORES": "scores",
@@ -129,6 +135,7 @@ _HOME = {
     "generate": "generation",
     "lexical_bar": "lexical",
     "load_model": "models",
+    "load_pairs": "contrasts",
     "load_prompts": "stimuli",
     "load_stimuli": "stimuli",
     "load_study": "study",
@@ -139,11 +146,14 @@ _HOME = {
     "mann_whitney": "statistics",
     "measure_anisotropy": "anisotropy",
     "paired_tests": "statistics",
+    "patch_sites": "patching",
     "plot_anisotropy": "plotting",
     "plot_curves": "plotting",
     "plot_emotions": "plotting",
     "plot_methods": "plotting",
+    "plot_patching": "plotting",
     "plot_reliability": "plotting",
+    "plot_siblings": "plotting",
     "plot_similarity": "plotting",
     "plot_valence_arousal": "plotting",
     "projection_by_layer": "projections",

@@ -1,4 +1,4 @@
-"""The command line: `lens-affect sweep MODEL`, `scorecard RUN`, `recommend RUN`, `study SPEC`,
+"""The command line: `lens-affect sweep MODEL`, `scorecard RUN`, `recommend RUN`, `study SPEC`, `patch MODEL`,
 `explain MODEL TEXT`, `catalogue`, `doctor MODEL`.
 
 Exit code 2 for wrong input, 1 for a run that failed. Heavy imports happen inside the commands, so --help answers at once.
@@ -158,6 +158,68 @@ def recommend(
         table = advice.to_frame()
         table["answer"] = table["answer"].where(table["decided"], "not decided")
         _print_table(table[["question", "answer", "why"]], f"Recommended for {advice.provenance.title}")
+
+
+@app.command()
+def patch(
+    model: Annotated[str, typer.Argument(help="Catalogue name, hub id, folder or GGUF file.")],
+    sites: Annotated[
+        str, typer.Option(help="Comma-separated; gate, its siblings and what holds them by default.")
+    ] = "",
+    pairs: Annotated[
+        str,
+        typer.Option(
+            help="affect, number, tense, or a CSV, TSV, Parquet or JSONL file with columns clean, corrupted, clean_words, corrupted_words."
+        ),
+    ] = "affect",
+    positions: Annotated[str, typer.Option(help="all (from the first difference on), last, or each.")] = "all",
+    metric: Annotated[str, typer.Option(help="logit_difference or kl.")] = "logit_difference",
+    direction: Annotated[str, typer.Option(help="denoise or noise.")] = "denoise",
+    controls: Annotated[
+        str, typer.Option(help="Comma-separated donors: self, random, topic, other_emotion, rank8, rank32.")
+    ] = "random",
+    drop: Annotated[bool, typer.Option("--drop", help="Leave out pairs of unequal token length.")] = False,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    out: Annotated[str, typer.Option(help="Folder of the map; runs/MODEL-PAIRS-POSITIONS by default.")] = "",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the map as JSON.")] = False,
+) -> None:
+    """Which site carries an emotion from one text to its counterpart: gate_proj against its siblings, with controls."""
+    with _errors():
+        from lens_affect.contrasts import load_pairs
+        from lens_affect.models import load_model
+        from lens_affect.patching import GATE_AGAINST_SIBLINGS, patch_sites
+        from lens_affect.plotting import plot_patching, save_figure
+
+        chosen = load_pairs(pairs)
+        folder = Path(out or Path("runs") / f"{Path(model).name}-{chosen.name}-{positions}")
+        if folder.exists():
+            raise FileExistsError(f"received the folder {folder}, which is there already; choose another with --out")
+        with _progress(quiet or json) as report:
+            with report("load the model"):
+                loaded = load_model(model, dtype=dtype)
+            with report("patch") as progress:
+                found = patch_sites(
+                    loaded,
+                    chosen,
+                    sites=tuple(filter(None, sites.split(","))) or GATE_AGAINST_SIBLINGS,
+                    positions=positions,
+                    metric=metric,
+                    direction=direction,
+                    controls=tuple(filter(None, controls.split(","))),
+                    drop=drop or None,
+                    seed=seed,
+                    progress=progress,
+                )
+        found.save(folder / "map")
+        found.to_frame().to_csv(folder / "map.csv", index=False)
+        page = save_figure(plot_patching(found), folder / "map-figure", found)
+        if json:
+            print(found.to_frame().to_json(orient="records", indent=1))
+            return
+        print(found)
+        print(f"Figure: {page.absolute()}")
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from lens_affect.statistics import Better, derive_generator
+from lens_affect.statistics import Better, Interval, derive_generator
 
 
 def count_permutations(labels: Sequence[str], groups: Sequence[str], design: Literal["crossed", "nested"]) -> float:
@@ -146,3 +146,48 @@ def p_text(p: float, n_permutations: int) -> str:
     if p <= smallest * (1 + 1e-9):
         return f"p = {smallest:.3g}, the smallest that {n_permutations} permutations allow"
     return f"p = {p:.3g}"
+
+
+def sign_flips(n_clusters: int, n_draws: int, seed: int, *labels: object) -> Float[np.ndarray, "draw cluster"]:
+    """Signs under "an effect is as likely to be its opposite": all of them (true signs left out) where there are at most `n_draws`, else drawn."""
+    if n_clusters < 63 and 2**n_clusters <= n_draws + 1:
+        numbers = np.arange(1, 2**n_clusters)[:, None]
+        return 1.0 - 2.0 * ((numbers >> np.arange(n_clusters)) & 1)
+    return derive_generator(seed, "sign flips", *labels).choice([-1.0, 1.0], size=(n_draws, n_clusters))
+
+
+def simultaneous_interval(
+    per_cluster: Float[np.ndarray, "cluster *rows"], *, confidence: float = 0.95, n_draws: int = 4095, seed: int = 0
+) -> Interval:
+    """Means over clusters whose intervals hold for all rows at once: mean +- c se, c from the largest |t| over rows under sign flips.
+
+    The residuals of whole clusters change sign together in every row (wild bootstrap; Westfall and Young, 1993), so correlated rows are
+    not paid for twice. With 12 clusters and 60 correlated rows they cover all rows at once in 0.93 of normal data sets, but in 0.72 where
+    the clusters are log-normal (tests/test_nulls.py).
+
+    Args:
+        per_cluster: one value (or jackknife pseudo-value) per cluster and row.
+        confidence: of all intervals together.
+        n_draws: flips at most; all 2^clusters - 1 where that is no more.
+        seed: of the flips.
+
+    Raises:
+        ValueError: fewer than three clusters.
+    """
+    n = len(per_cluster)
+    if n < 3:
+        raise ValueError(f"received {n} clusters; simultaneous intervals need at least 3")
+    flat = per_cluster.reshape(n, -1)
+    mean, se = flat.mean(0), flat.std(0, ddof=1) / math.sqrt(n)
+    spread = se > 1e-12 * np.maximum(np.abs(flat).max(0), 1e-300)
+    residuals = (flat - mean)[:, spread]
+    half = np.zeros_like(mean)
+    if spread.any():
+        flips = sign_flips(n, n_draws, seed, "interval")
+        means = flips @ residuals / n
+        # Squares do not change sign, so every flip's own standard error follows from its mean.
+        errors = np.sqrt(((residuals**2).sum(0) - n * means**2).clip(min=1e-300) / (n - 1) / n)
+        largest = np.abs(means / errors).max(1)
+        half[spread] = np.quantile(largest, confidence) * se[spread]
+    shape = per_cluster.shape[1:]
+    return Interval(mean.reshape(shape), (mean - half).reshape(shape), (mean + half).reshape(shape))

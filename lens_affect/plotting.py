@@ -21,7 +21,9 @@ from lens_affect.comparison import FACTORS, METRICS, MethodComparison
 from lens_affect.geometry import FEWEST_EMOTIONS
 from lens_affect.localization import EMBEDDING, LocalizationCurve
 from lens_affect.nulls import p_text
+from lens_affect.patching import SAME, PatchingMap
 from lens_affect.results import write_text_atomically
+from lens_affect.statistics import jackknife_interval
 from lens_affect.stimuli import EMOTIONS
 from lens_affect.vectors import EmotionVectors
 
@@ -473,3 +475,134 @@ def plot_anisotropy(measures: Anisotropy | Sequence[Anisotropy], *, title: str |
         "mean cosine, last token",
     )
     return figure
+
+
+SITE_COLOURS = {
+    "gate": "#D55E00",
+    "up": "#0072B2",
+    "mlp_out": "#000000",
+    "attn_out": "#009E73",
+    "q": "#56B4E9",
+    "k": "#CC79A7",
+    "v": "#E69F00",
+}
+"""Colour of a patched site; sites that carry the same patch (patching.SAME) share it."""
+
+
+def plot_patching(found: PatchingMap, *, position: str | None = None, title: str | None = None) -> go.Figure:
+    """Normalized effect of every site at every layer; cells beyond a random donor are marked.
+
+    Args:
+        found: of patch_sites.
+        position: one label of its position axis; the last by default.
+        title: a finding; by default the cell with the largest effect.
+
+    Raises:
+        ValueError: a position that is not there.
+    """
+    place = position or found.positions[-1]
+    if place not in found.positions:
+        raise ValueError(f"received position {place!r}; this map has {list(found.positions)}")
+    table = found.to_frame()
+    table = pd.DataFrame(table[table["position"] == place])
+    wide = {
+        c: table.pivot(index="site", columns="layer", values=c).loc[list(found.sites)] for c in ("effect", "p_family")
+    }
+    values = wide["effect"].to_numpy(float)
+    limit = max(float(np.nanmax(np.abs(values))), 1e-6)
+    figure = go.Figure(
+        go.Heatmap(
+            z=values,
+            x=list(found.layers),
+            y=list(found.sites),
+            colorscale="RdBu_r",
+            zmin=-limit,
+            zmax=limit,
+            colorbar={"title": "effect (0: nothing, 1: all)"},
+            hovertemplate="%{y}, layer %{x}: %{z:.3f}<extra></extra>",
+        )
+    )
+    marked = [(x, y) for y in found.sites for x in found.layers if wide["p_family"].loc[y, x] < 0.05]
+    figure.add_scatter(
+        x=[x for x, _ in marked],
+        y=[y for _, y in marked],
+        mode="markers",
+        marker={"symbol": "circle", "size": 4, "color": "#000000"},
+        name="family-wise p < 0.05 against a random donor",
+        hoverinfo="skip",
+    )
+    _layout(figure, title or _patching_title(found, table), "layer (0-based block)", "site")
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    return figure
+
+
+def plot_siblings(
+    found: PatchingMap,
+    *,
+    sites: Sequence[str] = ("gate", "up", "attn_out", "mlp_out"),
+    per_change: bool = False,
+    title: str | None = None,
+) -> go.Figure:
+    """The gate beside its siblings over depth, each with its interval over topics and, dotted, its random donor.
+
+    Args:
+        found: of patch_sites, with positions `all` or `last`.
+        sites: which of its sites.
+        per_change: effects divided by the relative change of the residual stream that the patch causes.
+        title: a finding; by default the layer where the first site differs most from the second.
+
+    Raises:
+        ValueError: a site that was not patched, or a map of each position.
+    """
+    missing = [s for s in sites if s not in found.sites]
+    if missing or len(found.positions) != 1:
+        raise ValueError(
+            f"received sites {list(sites)} and a map of {list(found.sites)} at positions {list(found.positions)[:3]}; one figure shows patched "
+            "sites at one position: patch_sites(positions='all' or 'last')"
+        )
+    depth = (np.array(found.layers) + 1) / found.n_layers
+    figure = go.Figure()
+    whole, without = found.normalized(per_change=per_change)
+    interval = jackknife_interval(whole, without)
+    random = found.normalized(donor="random", per_change=per_change)[0] if "random" in found.controls else None
+    for site in sites:
+        i, colour = found.sites.index(site), SITE_COLOURS.get(SAME.get(site, site), "#7F7F7F")
+        _band(figure, depth, interval.low[i, :, 0], interval.high[i, :, 0], colour, None, opacity=0.15)
+        figure.add_scatter(
+            x=depth, y=whole[i, :, 0], mode="lines+markers", line={"color": colour}, marker={"size": 5}, name=site,
+            customdata=list(found.layers), hovertemplate=f"{site}, layer %{{customdata}}: %{{y:.3f}}<extra></extra>",
+        )  # fmt: skip
+        if random is not None:
+            figure.add_scatter(
+                x=depth, y=random[i, :, 0], mode="lines", line={"color": colour, "dash": "dot", "width": 1},
+                name=f"{site}, random donor", showlegend=False, hovertemplate=f"{site}, random donor: %{{y:.3f}}<extra></extra>",
+            )  # fmt: skip
+    figure.add_hline(y=0, line={"color": "#666666", "width": 1})
+    unit = "effect per relative change of the residual stream" if per_change else "effect (0: nothing, 1: all)"
+    _layout(
+        figure,
+        title or _siblings_title(found, sites[0], sites[1], per_change),
+        "depth: (layer + 1) / layers; dotted: random donor",
+        unit,
+    )
+    return figure
+
+
+def _patching_title(found: PatchingMap, table: pd.DataFrame) -> str:
+    best: Any = table.loc[table["effect"].idxmax()]
+    return (
+        f"{found.provenance.title}, {found.name}, {found.direction}, position {best['position']}<br>the largest effect is {best['effect']:.2f} "
+        f"[{best['low']:.2f}, {best['high']:.2f}], {best['site']} at layer {best['layer']} (n = {best['n']} pairs)"
+    )
+
+
+def _siblings_title(found: PatchingMap, first: str, second: str, per_change: bool) -> str:
+    table = found.compare(first, second, per_change=per_change)
+    layers = pd.DataFrame(table[table["layer"] != "mean"])
+    above = layers[layers["low"] > 0]["layer"].tolist()
+    mean: Any = table[table["layer"] == "mean"].iloc[0]
+    where = f"beyond {second} at layer {', '.join(map(str, above))}" if above else f"not beyond {second} at any layer"
+    return (
+        f"{found.provenance.title}, {found.name}, {found.direction}, position {found.positions[0]}<br>{first} is {where} (family-wise 95 %); "
+        f"mean over layers {mean['difference']:+.3f} [{mean['low']:+.3f}, {mean['high']:+.3f}]"
+    )

@@ -17,8 +17,10 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from lens_affect.contrasts import ContrastPairs
 from lens_affect.results import content_hash, load_result, save_result
 from lens_affect.statistics import derive_generator
+from lens_affect.tables import read_table, require_columns
 
 NEUTRAL = "neutral"
 
@@ -103,25 +105,6 @@ def named_emotion(text: str, emotion: str) -> str | None:
     pattern = _STEMS.get(emotion, re.escape(emotion) + r"\w*")
     found = re.search(rf"\b(?:{pattern})\b", text, flags=re.IGNORECASE)
     return found.group(0) if found else None
-
-
-@dataclass(frozen=True)
-class ContrastPairs:
-    """Texts of two emotions that share everything else their stimulus set can match."""
-
-    clean: tuple[str, ...]
-    """Texts with the emotion of interest."""
-    corrupted: tuple[str, ...]
-    """Their counterparts from the same group."""
-    clean_emotion: str
-    """Label of the clean texts."""
-    corrupted_emotion: str
-    """Label of the corrupted texts."""
-    groups: tuple[str, ...]
-    """Topic of each pair; pairs of one topic stay on one side of every split."""
-
-    def __len__(self) -> int:
-        return len(self.clean)
 
 
 @dataclass(frozen=True)
@@ -236,23 +219,29 @@ class Stimuli:
     def contrast_pairs(self, clean: str, corrupted: str) -> ContrastPairs:
         """Pair texts of two emotions within each group, in order of appearance; texts without a partner are left out.
 
+        The words that may follow are the two labels. Such pairs are rarely of equal length: patching wants minimal ones (load_pairs).
+
         Raises:
             ValueError: an unknown emotion, or no group that holds both.
         """
         self.select(emotions=[clean, corrupted])  # names the unknown label
         if clean == corrupted:
             raise ValueError(f"received {clean!r} twice; a contrast needs two different emotions")
-        pairs: list[tuple[str, str, str]] = []
+        pairs: list[tuple[str, str]] = []
+        groups: list[str] = []
         for group in dict.fromkeys(self.groups):
             sides = [
                 [t for t, e, g in zip(self.texts, self.emotions, self.groups, strict=True) if e == side and g == group]
                 for side in (clean, corrupted)
             ]
-            pairs += [(a, b, group) for a, b in zip(*sides, strict=False)]
+            found = list(zip(*sides, strict=False))
+            pairs += found
+            groups += [group] * len(found)
         if not pairs:
             raise ValueError(f"no group holds both {clean!r} and {corrupted!r}; pairs need texts that share a topic")
-        first, second, topics = zip(*pairs, strict=True)
-        return ContrastPairs(first, second, clean, corrupted, topics)
+        return ContrastPairs.from_texts(
+            pairs, (clean, corrupted), groups=groups, name=f"{self.name}: {clean}, {corrupted}"
+        )
 
     def to_frame(self) -> pd.DataFrame:
         """One row per text with columns text, emotion, group, source, prompt."""
@@ -371,39 +360,11 @@ def load_stimuli(name_or_path: str | os.PathLike[str] = "passages") -> Stimuli:
         raise ValueError(
             f"received stimuli {str(name_or_path)!r}; allowed are 'passages' or a .csv, .tsv, .parquet or .jsonl file"
         )
-    try:
-        frame = _read_table(path)
-    except (ValueError, KeyError) as error:
-        raise ValueError(
-            f"received {path}, which cannot be read ({error}); save it as UTF-8 .csv, .tsv, .jsonl or as .parquet"
-        ) from error
-    return _from_frame(frame, path.stem)
-
-
-def _read_table(path: Path) -> pd.DataFrame:
-    match path.suffix.lower():
-        case ".csv":
-            return pd.read_csv(path, dtype=str, keep_default_na=False)
-        case ".tsv":
-            return pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
-        case ".parquet":
-            return pd.read_parquet(path)
-        case ".jsonl" | ".ndjson":
-            lines = path.read_text(encoding="utf-8").splitlines()
-            return pd.DataFrame([json.loads(line) for line in lines if line.strip()])
-        case other:
-            raise ValueError(f"received a file of type {other!r}; allowed are .csv, .tsv, .parquet and .jsonl")
+    return _from_frame(read_table(path), path.stem)
 
 
 def _from_frame(frame: pd.DataFrame, name: str) -> Stimuli:
-    missing = [column for column in ("text", "emotion") if column not in frame.columns]
-    if missing:
-        raise ValueError(
-            f"received a table {name!r} with columns {list(map(str, frame.columns))}; missing {missing}: rename yours to "
-            "text, emotion and optionally group, source"
-        )
-    if frame.empty:
-        raise ValueError(f"received a table {name!r} without rows; allowed is at least one text")
+    require_columns(frame, ["text", "emotion"], ["group", "source"], name)
     labels = frame["emotion"].fillna("").astype(str).str.strip()
     unlabelled = [int(i) for i in frame.index[labels == ""]]
     if unlabelled:

@@ -26,6 +26,7 @@ TIME_BUDGETS = {
     "test_localization.py": 90,
     "test_readme.py": 150,
     "test_real_weights.py": 240,
+    "test_replay.py": 90,
     "test_scorecard.py": 90,
 }
 """Seconds a test module may take; 60 where none is named."""

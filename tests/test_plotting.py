@@ -22,7 +22,9 @@ from lens_affect.plotting import (
     plot_curves,
     plot_emotions,
     plot_methods,
+    plot_patching,
     plot_reliability,
+    plot_siblings,
     plot_similarity,
     plot_valence_arousal,
     save_figure,
@@ -31,6 +33,7 @@ from lens_affect.results import Provenance
 from lens_affect.stimuli import EMOTIONS
 from lens_affect.vectors import fit_vectors
 from tests.test_comparison import cells
+from tests.test_patching import synthetic
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +202,29 @@ def test_without_a_browser_the_page_is_there_and_the_log_says_what_to_do(compari
     monkeypatch.setattr(go.Figure, "write_image", fail)
     assert save_figure(plot_methods(comparison), tmp_path / "methods", comparison).is_file()
     assert "install the group `figures`" in caplog.text
+
+
+def test_a_patching_map_is_drawn_with_what_is_beyond_a_random_donor():
+    found = synthetic([[0.0, 0.4, 0.0], [0.0, 0.0, 0.0]])
+    figure = plot_patching(found)
+    np.testing.assert_allclose(np.array(figure.data[0].z, float), found.normalized()[0][:, :, 0])
+    assert list(zip(figure.data[1].x, figure.data[1].y, strict=True)) == [(1, "gate")]
+    assert "gate at layer 1" in figure.layout.title.text
+    assert figure.data[0].zmin == -figure.data[0].zmax
+    with pytest.raises(ValueError, match=r"received position '-3'; this map has \['all'\]"):
+        plot_patching(found, position="-3")
+
+
+def test_siblings_are_drawn_with_interval_and_random_donor_and_the_title_says_where_they_differ():
+    found = synthetic([[0.0, 0.4, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    figure = plot_siblings(found, sites=("gate", "up"))
+    lines = {d.name: d for d in figure.data if d.name in ("gate", "up", "gate, random donor")}
+    np.testing.assert_allclose(np.array(lines["gate"].y, float), found.normalized()[0][0, :, 0])
+    np.testing.assert_allclose(np.array(lines["gate"].x, float), [1 / 3, 2 / 3, 1])
+    np.testing.assert_allclose(
+        np.array(lines["gate, random donor"].y, float), found.normalized(donor="random")[0][0, :, 0]
+    )
+    assert "gate is beyond up at layer 1 (family-wise 95 %)" in figure.layout.title.text
+    assert "not beyond gate at any layer" in plot_siblings(found, sites=("up", "gate")).layout.title.text
+    with pytest.raises(ValueError, match="one figure shows patched sites"):
+        plot_siblings(found, sites=("gate", "q"))

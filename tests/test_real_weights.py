@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 import lens_affect as la
 from lens_affect.adapter import encode, model_info
 from lens_affect.catalogue import CATALOGUE, fetch
+from lens_affect.matching import match_pairs
 
 pytestmark = pytest.mark.weights
 MODELS = ("smollm2-135m-instruct", "gemma-3-270m")
@@ -62,6 +63,13 @@ def test_residuals_equal_a_never_booted_hugging_face_model(name, real_model, pas
             expected = states[layer + 1][0, list(encoded.content)].mean(0)
             difference = (ours.values[row, layer] - expected).norm() / expected.norm()
             assert difference < 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_our_pairs_have_equal_length_under_its_tokenizer(name, real_model):
+    for pairs in map(la.load_pairs, ("affect", "number", "tense")):
+        matched = match_pairs(real_model(name), pairs)
+        assert (len(matched), matched.dropped, matched.words_left_out) == (len(pairs), {}, 0)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -296,7 +296,7 @@ def test_a_bad_table_is_refused_with_the_reason_and_the_rows(tmp_path, ending, t
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv", ".parquet"])
 def test_a_table_without_rows_is_refused(tmp_path, ending):
-    with pytest.raises(ValueError, match=r"table 'mine' without rows; allowed is at least one text"):
+    with pytest.raises(ValueError, match=r"table 'mine' without rows; allowed is at least one"):
         load_stimuli(write(TABLE[:0], tmp_path, ending))
 
 
