@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lens_affect.advice import recommend as recommend
     from lens_affect.anisotropy import Anisotropy as Anisotropy
     from lens_affect.anisotropy import measure_anisotropy as measure_anisotropy
+    from lens_affect.attribution import DirectAttribution as DirectAttribution
+    from lens_affect.attribution import attribute_direction as attribute_direction
     from lens_affect.axes import AxisAgreement as AxisAgreement
     from lens_affect.axes import valence_arousal as valence_arousal
     from lens_affect.catalogue import CATALOGUE as CATALOGUE
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from lens_affect.localization import LocalizationCurve as LocalizationCurve
     from lens_affect.localization import localize as localize
     from lens_affect.models import load_model as load_model
+    from lens_affect.neurons import NeuronTable as NeuronTable
+    from lens_affect.neurons import top_neurons as top_neurons
     from lens_affect.patching import PatchingMap as PatchingMap
     from lens_affect.patching import patch_sites as patch_sites
     from lens_affect.plotting import plot_anisotropy as plot_anisotropy
@@ -46,6 +50,8 @@ if TYPE_CHECKING:
     from lens_affect.plotting import plot_similarity as plot_similarity
     from lens_affect.plotting import plot_valence_arousal as plot_valence_arousal
     from lens_affect.plotting import save_figure as save_figure
+    from lens_affect.projections import LayerProjections as LayerProjections
+    from lens_affect.projections import projection_by_layer as projection_by_layer
     from lens_affect.protocols import extract_protocol as extract_protocol
     from lens_affect.report import write_report as write_report
     from lens_affect.results import Provenance as Provenance
@@ -79,6 +85,9 @@ if TYPE_CHECKING:
     from lens_affect.sweeps import run_sweep as run_sweep
     from lens_affect.vectors import EmotionVectors as EmotionVectors
     from lens_affect.vectors import fit_vectors as fit_vectors
+    from lens_affect.views import TokenView as TokenView
+    from lens_affect.views import circuitsvis_view as circuitsvis_view
+    from lens_affect.views import view_tokens as view_tokens
 
 _HOME = {
     "Activations": "activations",
@@ -88,14 +97,17 @@ _HOME = {
     "CheckReport": "selfchecks",
     "ContrastPairs": "contrasts",
     "CurveShape": "shapes",
+    "DirectAttribution": "attribution",
     "EMOTIONS": "stimuli",
     "EmotionVectors": "vectors",
     "Generated": "generation",
     "GeometryAgreement": "geometry",
     "Intervention": "generation",
+    "LayerProjections": "projections",
     "LexicalBar": "lexical",
     "LocalizationCurve": "localization",
     "MethodComparison": "comparison",
+    "NeuronTable": "neurons",
     "PatchingMap": "patching",
     "Provenance": "results",
     "Recommendation": "advice",
@@ -109,8 +121,11 @@ _HOME = {
     "SweepSpec": "sweeps",
     "agreement": "gradients",
     "approximate_patches": "gradients",
+    "TokenView": "views",
+    "attribute_direction": "attribution",
     "check_effect_size": "statistics",
     "check_model": "selfchecks",
+    "circuitsvis_view": "views",
     "compare_geometry": "geometry",
     "compare_methods": "comparison",
     "curve_shape": "shapes",
@@ -145,12 +160,15 @@ _HOME = {
     "plot_siblings": "plotting",
     "plot_similarity": "plotting",
     "plot_valence_arousal": "plotting",
+    "projection_by_layer": "projections",
     "recommend": "advice",
     "resolve_site": "sites",
     "run_study": "study",
     "run_sweep": "sweeps",
     "save_figure": "plotting",
+    "top_neurons": "neurons",
     "valence_arousal": "axes",
+    "view_tokens": "views",
     "write_report": "report",
     "write_stories": "stories",
 }

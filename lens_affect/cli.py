@@ -1,4 +1,5 @@
-"""The command line: `lens-affect sweep MODEL`, `scorecard RUN`, `recommend RUN`, `study SPEC`, `patch MODEL`, `catalogue`, `doctor MODEL`.
+"""The command line: `lens-affect sweep MODEL`, `scorecard RUN`, `recommend RUN`, `study SPEC`, `patch MODEL`,
+`explain MODEL TEXT`, `catalogue`, `doctor MODEL`.
 
 Exit code 2 for wrong input, 1 for a run that failed. Heavy imports happen inside the commands, so --help answers at once.
 """
@@ -249,6 +250,98 @@ def study(
             print(card.to_frame().to_json(orient="records", indent=1))
             return
         _print_scorecard(card)
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help="Catalogue name, hub id, folder or GGUF file.")],
+    text: Annotated[str, typer.Argument(help="The text to explain.")],
+    emotion: Annotated[str, typer.Option(help="Whose vector the text is projected on.")],
+    vectors: Annotated[
+        str,
+        typer.Option(
+            help="Folder of a finished sweep or of saved emotion vectors; by default they are fitted on our passages."
+        ),
+    ] = "",
+    layer: Annotated[
+        int | None,
+        typer.Option(help="0-based block to take apart; the sweep's best one, or the middle one, by default."),
+    ] = None,
+    out: Annotated[str, typer.Option(help="Page to write; explain-EMOTION.html by default.")] = "",
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Which tokens of a text carry an emotion, layer by layer, and which heads and neurons write it."""
+    with _errors():
+        from lens_affect.attribution import attribute_direction, write_explanation
+        from lens_affect.models import load_model
+        from lens_affect.projections import projection_by_layer
+        from lens_affect.stimuli import load_stimuli
+
+        page = Path(out or f"explain-{Path(emotion).name}.html")
+        found, origin, best = _saved_vectors(vectors) if vectors else (None, "", None)
+        # wrong names end here, before anything is loaded
+        if found is None:
+            load_stimuli("passages").select(emotions=[emotion])
+        else:
+            found.vector(emotion, found.layers[0] if layer is None else layer)
+        with _progress(quiet or json) as report:
+            with report("load the model"):
+                lens = load_model(model, dtype="float32")
+            if found is None:
+                found, origin = _fit_on_passages(lens, layer, report)
+            at = layer if layer is not None else best if best is not None else found.n_layers // 2
+            with report("read the text"):
+                parts = attribute_direction(lens, text, found, emotion, at)
+                by_layer = projection_by_layer(lens, text, found, emotion)
+                write_explanation(page, parts, by_layer, origin)
+        if json:
+            largest = {
+                name: json_module.loads(str(t.to_json(orient="records")))
+                for name, t in (("parts", parts.largest_parts()), ("neurons", parts.top_neurons()))
+            }
+            print(
+                json_module.dumps(
+                    {"headline": str(parts), "vectors": origin, "layer": at, **largest, "page": str(page)}, indent=1
+                )
+            )
+        else:
+            print(parts)
+            print(origin)
+            print(f"Page: {page.absolute()}")
+        if open_page:
+            typer.launch(str(page.absolute()))
+
+
+def _saved_vectors(folder: str) -> tuple[Any, str, int | None]:
+    """Vectors of a folder, where they come from, and the best layer where a sweep has found one."""
+    from lens_affect.vectors import EmotionVectors
+
+    if (Path(folder) / "manifest.json").is_file():
+        found = EmotionVectors.load(folder)
+        return found, f"Vectors: {folder} ({found.source})", None
+    from lens_affect.sweeps import load_sweep
+
+    sweep = load_sweep(folder)
+    method = sweep.spec.methods[0]
+    curve = sweep.curves.get((method, "nearest_mean"))
+    return sweep.vectors[method], f"Vectors: {folder}, {method}", curve.best_layer if curve else None
+
+
+def _fit_on_passages(model: Any, layer: int | None, report: Callable[[str], Any]) -> tuple[Any, str]:
+    from lens_affect.activations import extract_activations
+    from lens_affect.stimuli import load_stimuli
+    from lens_affect.vectors import fit_vectors
+
+    if layer is not None and not 0 <= layer < model.cfg.n_layers:
+        raise ValueError(f"received layer {layer}; allowed are 0 to {model.cfg.n_layers - 1}")
+    passages = load_stimuli("passages")
+    with report("fit vectors on the passages") as progress:
+        activations = extract_activations(model, passages, pooling="mean_without_sinks", progress=progress)
+    return fit_vectors(
+        activations
+    ), f"Vectors: fitted now on our {len(passages)} passages; --vectors FOLDER takes saved ones"
 
 
 @app.command()

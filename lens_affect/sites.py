@@ -94,7 +94,8 @@ def resolve_site(model: LensModel, site: str) -> Site:
             )
         name = _WITHOUT_BRIDGE[site]
     found = Site(site, _HOOKS[name], site_width(model.cfg, site))
-    absent = [found.at(layer) for layer in range(model.cfg.n_layers) if found.at(layer) not in model.hook_dict]
+    known = model.hook_dict  # a bridge makes it anew each time it is asked for
+    absent = [found.at(layer) for layer in range(model.cfg.n_layers) if found.at(layer) not in known]
     if absent:
         raise ValueError(
             f"site {site!r} has no hook point {absent[0]!r} in this architecture; nothing was guessed: choose another site"

@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from typer.testing import CliRunner
 
 from lens_affect.cli import app
-from lens_affect.sweeps import make_spec, run_sweep
+from lens_affect.sweeps import load_sweep, make_spec, run_sweep
 from tests.test_sweeps import SMALL
 from tests.tiny import make_hf_model, make_tokenizer
 
@@ -74,6 +75,8 @@ def test_progress_is_shown_and_goes_to_stderr(model_folder, tmp_path):
         (["sweep", "gpt2", "--score", "beauty"], "allowed are ['nearest_mean'"),
         (["doctor", "no/where/model.gguf"], "which is not there"),
         (["sweep", "gpt2", "--stimuli", "nowhere.csv"], "allowed are 'passages'"),
+        (["explain", "gpt2", "A text.", "--emotion", "awe"], "no stimulus is labelled 'awe'"),
+        (["explain", "gpt2", "A text.", "--emotion", "sad", "--vectors", "nowhere"], "holds no sweep"),
     ],
 )
 def test_wrong_input_ends_with_code_2_and_one_message(arguments, message, tmp_path):
@@ -153,6 +156,46 @@ def test_a_study_runs_one_cell_and_judges_it(model_folder, tmp_path):
     wrong = runner.invoke(app, ["study", str(spec), "--only", "three", "--quiet"])
     assert wrong.exit_code == 2
     assert "allowed are ['one', 'two']" in wrong.stderr
+
+
+def test_a_text_is_explained_with_the_vectors_of_a_sweep(model_folder, finished, tmp_path):
+    out = tmp_path / "page.html"
+    command = ["explain", model_folder, "Her <b>hands</b> shook.", "--emotion", "happy", "--vectors", finished]
+    done = runner.invoke(app, [*command, "--out", str(out), "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert done.stderr == ""
+    best = load_sweep(finished).curves["comprehension", "nearest_mean"].best_layer
+    assert f"'happy' at layer {best}, mean projection" in done.stdout
+    assert f"Vectors: {finished}, comprehension" in done.stdout
+    assert done.stdout.strip().splitlines()[-1] == f"Page: {out}"
+    assert "<b>hands" not in out.read_text()
+    found = json.loads(runner.invoke(app, [*command, "--out", str(out), "--layer", "0", "--json"]).stdout)
+    assert found["layer"] == 0
+    assert found["page"] == str(out)
+    assert {"layer", "neuron", "gate", "alignment"} <= set(found["neurons"][0])
+    wrong = runner.invoke(app, [*command, "--layer", "9", "--out", str(tmp_path / "none.html")])
+    assert wrong.exit_code == 2
+    assert "received layer 9; there are vectors for 0 to 2" in wrong.stderr
+    assert not (tmp_path / "none.html").exists()
+
+
+def test_a_text_is_explained_with_saved_vectors_or_with_our_passages(model_folder, finished, tmp_path, monkeypatch):
+    load_sweep(finished).vectors["comprehension"].save(tmp_path / "vectors")
+    command = ["explain", model_folder, "Her hands shook.", "--emotion", "happy", "--out", str(tmp_path / "page.html")]
+    saved = runner.invoke(app, [*command, "--vectors", str(tmp_path / "vectors"), "--quiet"])
+    assert saved.exit_code == 0, saved.output
+    assert f"Vectors: {tmp_path / 'vectors'} (passages)" in saved.stdout
+    opened = []
+    monkeypatch.setattr(typer, "launch", opened.append)
+    fitted = runner.invoke(app, [*command, "--open"])
+    assert fitted.exit_code == 0, fitted.output
+    assert "'happy' at layer 1" in fitted.stdout  # the middle one of three
+    assert "Vectors: fitted now on our 276 passages" in fitted.stdout
+    assert "fit vectors on the passages: done" in fitted.stderr
+    assert opened == [str(tmp_path / "page.html")]
+    other = runner.invoke(app, [*command, "--layer", "3", "--quiet"])
+    assert other.exit_code == 2
+    assert "received layer 3; allowed are 0 to 2" in other.stderr
 
 
 def test_patch_prints_the_headline_and_saves_map_table_and_figure(model_folder, tmp_path):

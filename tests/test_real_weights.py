@@ -111,3 +111,20 @@ def test_sampled_text_is_english_and_its_own_whatever_shares_the_batch(real_mode
     alone = la.generate(model, prompts[1:2], max_new_tokens=12, seed=3, row_seeds=[1])
     assert alone.texts[0] == together.texts[1]
     assert all(text.isascii() and " " in text for text in together.texts)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_heads_and_neurons_add_up_to_the_projection(name, read, real_model):
+    model, vectors = real_model(name), la.fit_vectors(read(name))
+    layer = model.cfg.n_layers // 2
+    text = "She heard the footsteps behind her and her hands began to shake."
+    found = la.attribute_direction(model, text, vectors, "afraid", layer, n_neurons=(layer + 1) * model.cfg.d_mlp)
+    parts = found.embedding + found.heads.sum((1, 2)) + (found.attention_other + found.mlps + found.mlp_other).sum(1)
+    assert ((parts - found.total).abs() / found.total.abs()).max() < 1e-4
+    for k in range(layer + 1):
+        own = found.neurons[:, [i for i, at in enumerate(found.neuron_layers) if at == k]].sum(1)
+        assert (own - found.mlps[:, k]).abs().max() < 1e-4 * found.mlps[:, k].abs().max()
+    by_layer = la.projection_by_layer(model, text, vectors, "afraid")
+    assert ((by_layer.values[layer] - found.total + found.reference).abs() < 1e-4 * found.total.abs().max()).all()
+    content = found.total[list(found.content)]
+    assert found.tokens[found.content[int(content.argmax())]].strip() in ("footsteps", "behind", "hands", "shake")

@@ -9,9 +9,12 @@ import torch
 
 from lens_affect.activations import extract_activations
 from lens_affect.adapter import final_norm_scale, model_info, run_logits
+from lens_affect.attribution import attribute_direction
 from lens_affect.generation import Intervention, generate
 from lens_affect.localization import localize
 from lens_affect.models import load_model
+from lens_affect.neurons import top_neurons
+from lens_affect.projections import projection_by_layer
 from lens_affect.protocols import extract_protocol
 from lens_affect.selfchecks import SelfCheckError, check_model, ensure_checked
 from lens_affect.sites import SITES, resolve_site
@@ -558,3 +561,38 @@ def test_a_hooked_transformer_in_bfloat16_is_read_close_to_float32(hf_model, eve
 def test_every_site_is_covered_here():
     assert set(MODULES["llama"]) == set(SITES)
     assert set(MODULES["gpt2"]) == set(SITES) - {"gate", "up"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_and_neurons_of_a_hooked_transformer_add_up_and_equal_hugging_faces(
+    hooked, hf_model, few_passages, family
+):
+    model, text = hooked(family), few_passages.texts[3]
+    vectors = fit_vectors(extract_activations(model, few_passages))
+    found = attribute_direction(model, text, vectors, "sad", 2, n_neurons=10_000)
+    parts = found.embedding + found.positional + found.heads.sum((1, 2))
+    parts = parts + (found.attention_other + found.mlps + found.mlp_other).sum(1)
+    close(parts, found.total, 1e-4)
+    ids, _ = ids_of(text)
+    seen, unit = read_hf(hf_model(family), ids), vectors.vector("sad", 2)
+    close(found.total, seen["resid_post"][2] @ unit, 1e-4)
+    for layer in range(3):
+        own = found.neurons[:, [k for k, at in enumerate(found.neuron_layers) if at == layer]].sum(1)
+        close(own + found.mlp_other[:, layer], seen["mlp_out"][layer] @ unit, 1e-4)
+        close(found.heads[:, layer].sum(-1) + found.attention_other[:, layer], seen["attn_out"][layer] @ unit, 1e-4)
+    by_layer = projection_by_layer(model, text, vectors, "sad")
+    close(by_layer.values[2], found.total - found.reference, 1e-4)
+    table = top_neurons(model, few_passages, vectors, 1, n=3).to_frame()
+    assert table["gate_own"].isna().all() == (family == "gpt2")
+    assert table["p"].notna().all()
+
+
+def test_neurons_of_a_hooked_transformer_with_post_norms_are_refused(hf_model, few_passages):
+    model = make_hooked(
+        settings_of(hf_model("llama").config) | {"n_key_value_heads": None, "use_normalization_before_and_after": True}
+    )
+    vectors = fit_vectors(extract_activations(model, few_passages))
+    with pytest.raises(ValueError, match="post-norms, which has no hook before them.*TransformerBridge"):
+        attribute_direction(model, few_passages.texts[0], vectors, "sad", 1)
+    with pytest.raises(ValueError, match="post-norms, which has no hook before them"):
+        top_neurons(model, few_passages, vectors, 1)
