@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from lens_affect.comparison import compare_methods as compare_methods
     from lens_affect.contrasts import ContrastPairs as ContrastPairs
     from lens_affect.contrasts import load_pairs as load_pairs
+    from lens_affect.gate import GateVerdict as GateVerdict
+    from lens_affect.gate import judge_gate as judge_gate
     from lens_affect.generation import Generated as Generated
     from lens_affect.generation import Intervention as Intervention
     from lens_affect.generation import generate as generate
@@ -100,6 +102,7 @@ _HOME = {
     "DirectAttribution": "attribution",
     "EMOTIONS": "stimuli",
     "EmotionVectors": "vectors",
+    "GateVerdict": "gate",
     "Generated": "generation",
     "GeometryAgreement": "geometry",
     "Intervention": "generation",
@@ -137,6 +140,7 @@ _HOME = {
     "extract_protocol": "protocols",
     "fit_vectors": "vectors",
     "generate": "generation",
+    "judge_gate": "gate",
     "lexical_bar": "lexical",
     "load_model": "models",
     "load_pairs": "contrasts",
