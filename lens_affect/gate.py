@@ -3,7 +3,9 @@
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lens_affect.patching import PatchingMap
@@ -23,7 +25,7 @@ class GateVerdict:
     """Whether the gate carries affect beyond its siblings, with what decided it."""
 
     table: pd.DataFrame
-    """One row per map and contrast: model, pairs, rival, per_change, rank8 (the same at equal rank, where it was run), layer (where the lower limit is
+    """One row per contrast and map that shows its behaviour: model, pairs, rival, per_change, rank8 (the same at equal rank, where it was run), layer (where the lower limit is
     highest), difference, low, high, mean, mean_low, mean_high (over all layers), layers_above (layers whose interval is above 0)."""
     special: dict[str, bool]
     """`model, pairs` -> whether there is a layer where all intervals are above 0."""
@@ -69,8 +71,12 @@ def judge_gate(affective: Sequence[PatchingMap], others: Sequence[PatchingMap]) 
                 f"received a map of {list(one.sites)} at {list(one.positions)[:3]}; needed are gate, {' and '.join(RIVALS)} at one position "
                 "('all' or 'last')"
             )
-    rows, special = [], {}
+    rows: list[dict[str, Any]] = []
+    special: dict[str, bool] = {}
     for one in maps:
+        special[f"{one.provenance.title}, {one.name}"] = False
+        if not one.gap_interval[1] > 0:
+            continue  # nothing to move: ratios to it would be noise
         contrasts = [_contrast(one, rival, per_change) for rival in RIVALS for per_change in (False, True)]
         rows += contrasts
         common = set.intersection(*(set(c["layers_above"]) for c in contrasts))
@@ -79,15 +85,14 @@ def judge_gate(affective: Sequence[PatchingMap], others: Sequence[PatchingMap]) 
     return GateVerdict(pd.DataFrame(rows), special, verdict, reason, affective[0].provenance)
 
 
-def _contrast(one: PatchingMap, rival: str, per_change: bool) -> dict[str, object]:
+def _contrast(one: PatchingMap, rival: str, per_change: bool) -> dict[str, Any]:
     table = one.compare("gate", rival, per_change=per_change)
-    layers = pd.DataFrame(table[table["layer"] != "mean"])
-    best = layers.loc[layers["low"].astype(float).idxmax()]
-    mean = table[table["layer"] == "mean"].iloc[0]
+    layers, mean = table.iloc[:-1], table.iloc[-1].to_dict()  # the last row is the mean over layers
+    best: dict[str, Any] = layers.iloc[int(np.nanargmax(layers["low"].to_numpy(float)))].to_dict()
     rank8 = float("nan")
     if "rank8" in one.controls:
-        same_rank = one.compare("gate", rival, per_change=per_change, donor="rank8").set_index("layer")
-        rank8 = float(same_rank["difference"][best["layer"]])
+        same_rank = one.compare("gate", rival, per_change=per_change, donor="rank8")
+        rank8 = float(same_rank["difference"].to_numpy(float)[one.layers.index(int(best["layer"]))])
     return {
         "model": one.provenance.title,
         "pairs": one.name,
@@ -99,7 +104,7 @@ def _contrast(one: PatchingMap, rival: str, per_change: bool) -> dict[str, objec
         "mean": float(mean["difference"]),
         "mean_low": float(mean["low"]),
         "mean_high": float(mean["high"]),
-        "layers_above": tuple(int(x) for x in layers[layers["low"] > 0]["layer"]),
+        "layers_above": tuple(layer for layer, low in zip(one.layers, layers["low"], strict=True) if low > 0),
     }
 
 

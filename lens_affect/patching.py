@@ -38,6 +38,8 @@ METRICS = {
 DIRECTIONS = ("denoise", "noise")
 SAME = {"z": "attn_out", "o": "attn_out", "act": "mlp_out", "down": "mlp_out"}
 """Sites that carry the same patch as another at the same positions, when the whole activation is replaced."""
+SMALLEST_GAP = 1e-4
+"""Sum of gaps, in the metric's unit, below which there is nothing to divide by."""
 GATE_AGAINST_SIBLINGS = ("gate", "up", "mlp_out", "q", "k", "v", "attn_out")
 
 
@@ -125,8 +127,9 @@ class PatchingMap:
         gaps = np.einsum("gp,p...->g...", member, np.where(known, gap[:, None, None, None], 0.0))
 
         def ratio(total: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+            gap_there = total(gaps)
             with np.errstate(invalid="ignore", divide="ignore"):
-                found = total(sums[0]) / total(gaps)
+                found = np.where(np.abs(gap_there) > SMALLEST_GAP, total(sums[0]) / gap_there, np.nan)
                 return found / (total(sums[1]) / total(sums[2])) if per_change else found
 
         whole = ratio(lambda x: x.sum(0))
