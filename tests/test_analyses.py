@@ -39,6 +39,19 @@ def test_shape_and_methods_run_in_quick_mode(real_model, monkeypatch, capsys, tm
     assert set(names["card"].table["id"]) == {"P2", "P3", "P4", "P5", "P6", "P7"}
 
 
+@pytest.mark.weights
+def test_the_gate_runs_in_quick_mode(real_model, monkeypatch, capsys, tmp_path):
+    real_model("smollm2-135m-instruct")
+    monkeypatch.setenv("LENS_AFFECT_QUICK", "1")
+    monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path))
+    names = runpy.run_path(str(ROOT / "analyses" / "03_gate.py"))
+    printed = capsys.readouterr().out
+    assert "affect: denoise by logit_difference, 9 pairs" in printed
+    assert "the gate is special: cannot be decided" in printed
+    assert list(names["tables"]["smollm2-135m-instruct"]["site"]) == list(names["found"].sites)
+    assert "afraid" in names["view"].html
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
 def test_analyses_use_only_public_names(script):
     source = script.read_text()
