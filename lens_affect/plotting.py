@@ -531,7 +531,8 @@ def plot_patching(found: PatchingMap, *, position: str | None = None, title: str
         name="family-wise p < 0.05 against a random donor",
         hoverinfo="skip",
     )
-    _layout(figure, title or _patching_title(found, table), "layer (0-based block)", "site")
+    x_title = "layer (0-based block); dots: family-wise p < 0.05 against a random donor"
+    _layout(figure, title or _patching_title(found, table), x_title, "site")
     figure.update_yaxes(autorange="reversed", showgrid=False)
     return figure
 
@@ -581,10 +582,14 @@ def plot_siblings(
     unit = "effect per relative change of the residual stream" if per_change else "effect (0: nothing, 1: all)"
     _layout(
         figure,
-        title or _siblings_title(found, sites[0], sites[1], per_change),
+        title
+        or _siblings_title(
+            found, sites[0], [s for s in ("up", "attn_out") if s in sites[1:]] or sites[1:2], per_change
+        ),
         "depth: (layer + 1) / layers; dotted: random donor",
         unit,
     )
+    figure.update_layout(margin={"t": 110}, title={"font": {"size": 15}})
     return figure
 
 
@@ -596,13 +601,15 @@ def _patching_title(found: PatchingMap, table: pd.DataFrame) -> str:
     )
 
 
-def _siblings_title(found: PatchingMap, first: str, second: str, per_change: bool) -> str:
-    table = found.compare(first, second, per_change=per_change)
-    layers = pd.DataFrame(table[table["layer"] != "mean"])
-    above = layers[layers["low"] > 0]["layer"].tolist()
-    mean: Any = table[table["layer"] == "mean"].iloc[0]
-    where = f"beyond {second} at layer {', '.join(map(str, above))}" if above else f"not beyond {second} at any layer"
-    return (
-        f"{found.provenance.title}, {found.name}, {found.direction}, position {found.positions[0]}<br>{first} is {where} (family-wise 95 %); "
-        f"mean over layers {mean['difference']:+.3f} [{mean['low']:+.3f}, {mean['high']:+.3f}]"
-    )
+def _siblings_title(found: PatchingMap, first: str, rivals: Sequence[str], per_change: bool) -> str:
+    parts = []
+    for rival in rivals:
+        table = found.compare(first, rival, per_change=per_change)
+        layers, mean = table.iloc[:-1], table.iloc[-1]
+        above, below = (layers[side]["layer"].tolist() for side in (layers["low"] > 0, layers["high"] < 0))
+        where = f"beyond {rival} at layer {', '.join(map(str, above))}" if above else f"beyond {rival} at no layer"
+        behind = f", behind it at {', '.join(map(str, below))}" if below else ""
+        of_mean = f"{mean['difference']:+.3f} [{mean['low']:+.3f}, {mean['high']:+.3f}]"
+        parts.append(f"{first} is {where}{behind} (mean over layers {of_mean})")
+    head = f"{found.provenance.title}, {found.name}, {found.direction}, position {found.positions[0]}"
+    return f"{head}; family-wise 95 %<br>" + "<br>".join(parts)

@@ -224,7 +224,12 @@ def test_siblings_are_drawn_with_interval_and_random_donor_and_the_title_says_wh
     np.testing.assert_allclose(
         np.array(lines["gate, random donor"].y, float), found.normalized(donor="random")[0][0, :, 0]
     )
-    assert "gate is beyond up at layer 1 (family-wise 95 %)" in figure.layout.title.text
-    assert "not beyond gate at any layer" in plot_siblings(found, sites=("up", "gate")).layout.title.text
+    assert "gate is beyond up at layer 1 (mean over layers" in figure.layout.title.text
+    turned = plot_siblings(found, sites=("up", "gate", "attn_out")).layout.title.text
+    assert "up is beyond attn_out at no layer" in turned
+    assert "gate is beyond" not in turned
+    assert (
+        "up is beyond gate at no layer, behind it at 1" in plot_siblings(found, sites=("up", "gate")).layout.title.text
+    )
     with pytest.raises(ValueError, match="one figure shows patched sites"):
         plot_siblings(found, sites=("gate", "q"))
