@@ -579,7 +579,7 @@ def plot_siblings(
                 name=f"{site}, random donor", showlegend=False, hovertemplate=f"{site}, random donor: %{{y:.3f}}<extra></extra>",
             )  # fmt: skip
     figure.add_hline(y=0, line={"color": "#666666", "width": 1})
-    unit = "effect per relative change of the residual stream" if per_change else "effect (0: nothing, 1: all)"
+    unit = "effect per relative change of resid_post" if per_change else "effect (0: nothing, 1: all)"
     _layout(
         figure,
         title

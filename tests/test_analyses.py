@@ -9,15 +9,27 @@ import jupytext
 import pytest
 
 import lens_affect
+import lens_affect.models
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "analyses").glob("[0-9]*.py"))
 
 
-@pytest.mark.weights
-def test_the_layer_sweep_runs_in_quick_mode(real_model, monkeypatch, capsys):
-    real_model("smollm2-135m-instruct")  # fetched, or skipped with the reason
+@pytest.fixture
+def one_loading(real_model, monkeypatch):
+    """The scripts get the model that this session has loaded (or the test is skipped with the reason): loading is tested elsewhere."""
+    real_model("smollm2-135m-instruct")
+
+    def loaded(name, **options):
+        return real_model(name)
+
+    monkeypatch.setattr(lens_affect.models, "load_model", loaded)
+    monkeypatch.setattr(lens_affect, "load_model", loaded, raising=False)
     monkeypatch.setenv("LENS_AFFECT_QUICK", "1")
+
+
+@pytest.mark.weights
+def test_the_layer_sweep_runs_in_quick_mode(one_loading, capsys):
     names = runpy.run_path(str(ROOT / "analyses" / "01_layer_sweep.py"))
     printed = capsys.readouterr().out
     assert "nearest_mean is best at layer" in printed
@@ -26,9 +38,7 @@ def test_the_layer_sweep_runs_in_quick_mode(real_model, monkeypatch, capsys):
 
 
 @pytest.mark.weights
-def test_shape_and_methods_run_in_quick_mode(real_model, monkeypatch, capsys, tmp_path):
-    real_model("smollm2-135m-instruct")
-    monkeypatch.setenv("LENS_AFFECT_QUICK", "1")
+def test_shape_and_methods_run_in_quick_mode(one_loading, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path))
     monkeypatch.delenv("LENS_AFFECT_DATA", raising=False)
     names = runpy.run_path(str(ROOT / "analyses" / "02_shape_and_methods.py"))
@@ -40,9 +50,7 @@ def test_shape_and_methods_run_in_quick_mode(real_model, monkeypatch, capsys, tm
 
 
 @pytest.mark.weights
-def test_the_gate_runs_in_quick_mode(real_model, monkeypatch, capsys, tmp_path):
-    real_model("smollm2-135m-instruct")
-    monkeypatch.setenv("LENS_AFFECT_QUICK", "1")
+def test_the_gate_runs_in_quick_mode(one_loading, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path))
     names = runpy.run_path(str(ROOT / "analyses" / "03_gate.py"))
     printed = capsys.readouterr().out
