@@ -49,6 +49,7 @@ test-legacy: .venv-legacy/installed
 notebooks: .venv/installed-figures
 	cd analyses && PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 ../$(BIN)/jupytext --to notebook --execute 01_layer_sweep.py
 	cd analyses && PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 ../$(BIN)/jupytext --to notebook --execute 02_shape_and_methods.py
+	cd analyses && PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 ../$(BIN)/jupytext --to notebook --execute 03_gate.py
 
 benchmarks: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python analyses/benchmarks/extraction.py

@@ -34,9 +34,9 @@ QUICK = bool(os.environ.get("LENS_AFFECT_QUICK"))  # a few pairs and layers of o
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 FIGURES, RUNS = HERE.parent / "figures", Path(os.environ.get("LENS_AFFECT_RUNS", HERE.parent / "runs"))
 MODELS = ("smollm2-135m-instruct", "gemma-3-270m")[: 1 if QUICK else 2]
-# Every n-th pair: 42 of each set for SmolLM2, 28 and 21 for Gemma, whose vocabulary of 262,144 words makes each patch slower.
+# Every n-th pair, for time: 42, 42 and 21 for SmolLM2; 28, 21 and 21 for Gemma. All 12 topics are among the affective ones.
 EVERY = {
-    "smollm2-135m-instruct": {"affect": 4, "number": 2, "tense": 2},
+    "smollm2-135m-instruct": {"affect": 4, "number": 2, "tense": 4},
     "gemma-3-270m": {"affect": 6, "number": 4, "tense": 4},
 }
 pio.renderers.default = "json" if QUICK else "png"
