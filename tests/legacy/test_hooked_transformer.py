@@ -12,8 +12,10 @@ from lens_affect.adapter import final_norm_scale, model_info, run_logits
 from lens_affect.attribution import attribute_direction
 from lens_affect.generation import Intervention, generate
 from lens_affect.localization import localize
+from lens_affect.matching import match_pairs
 from lens_affect.models import load_model
 from lens_affect.neurons import top_neurons
+from lens_affect.patching import patch_sites
 from lens_affect.projections import projection_by_layer
 from lens_affect.protocols import extract_protocol
 from lens_affect.selfchecks import SelfCheckError, check_model, ensure_checked
@@ -24,6 +26,7 @@ from lens_affect.stories import write_stories
 from lens_affect.sweeps import load_sweep, make_spec, run_sweep
 from lens_affect.vectors import fit_vectors
 from tests.legacy.conftest import make_hooked, settings_of, take_over
+from tests.test_donors import make_pairs
 from tests.tiny import make_tokenizer
 
 FAMILIES = ("llama", "gpt2")
@@ -596,3 +599,52 @@ def test_neurons_of_a_hooked_transformer_with_post_norms_are_refused(hf_model, f
         attribute_direction(model, few_passages.texts[0], vectors, "sad", 1)
     with pytest.raises(ValueError, match="post-norms, which has no hook before them"):
         top_neurons(model, few_passages, vectors, 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "site"), [("llama", "gate"), ("llama", "o"), ("gpt2", "act"), ("gpt2", "resid_post")]
+)
+def test_patches_of_a_hooked_transformer_equal_patches_of_hugging_face(hooked, hf_model, family, site):
+    model, hf = hooked(family), hf_model(family)
+    found = patch_sites(model, make_pairs(), sites=[site], positions="all", controls=["self"])
+    assert found.way.startswith("full: a HookedTransformer's blocks cannot be resumed")
+    matched = match_pairs(model, make_pairs())
+    name, side = MODULES[family][site]
+    for layer in range(3):
+        module = hf.get_submodule(name.format(layer))
+        for pair in (0, 4, 11):
+            n, start = int(matched.last[pair]) + 1, int(matched.first[pair])
+            clean, corrupted = matched.clean[pair : pair + 1, :n], matched.corrupted[pair : pair + 1, :n]
+            kept = []
+
+            def keep(value, kept=kept):
+                kept.append(value.clone())
+
+            def put(value, kept=kept, start=start):
+                changed = value.clone()
+                changed[:, start:] = kept[0][:, start:]
+                return changed
+
+            logits = []
+            for tokens, act in ((clean, keep), (corrupted, put)):
+                if side == "in":
+                    handle = module.register_forward_pre_hook(
+                        lambda _, args, act=act: None if act(args[0]) is None else (act(args[0]),)
+                    )
+                else:
+                    handle = module.register_forward_hook(
+                        lambda _, args, out, act=act: (
+                            None
+                            if (new := act(first(out))) is None
+                            else (new, *out[1:])
+                            if isinstance(out, tuple)
+                            else new
+                        )
+                    )
+                with handle, torch.no_grad():
+                    logits.append(hf(tokens).logits[0, -1:])
+            with torch.no_grad():
+                start_odds = matched.log_odds(hf(corrupted).logits[0, -1:], torch.tensor([pair]))
+            expected = matched.log_odds(logits[1], torch.tensor([pair])) - start_odds
+            assert float(found.effect_raw[pair, 0, layer, 0] - expected) == pytest.approx(0, abs=1e-4)
+    assert float(found.controls["self"].abs().max()) < 1e-5
