@@ -116,7 +116,6 @@ class _GradientReader:
                 return None
             # A copy that is put back: what a hook returns is what is used, while the tensor it is shown may be a bystander.
             self._seen[name] = value.clone()
-            self._seen[name].retain_grad()
             return self._seen[name]
 
         return name, hook
@@ -138,19 +137,19 @@ class _GradientReader:
         hooks = [(self._entry, self._enter)] + [self._keep(name) for names in self.names for name in names]
         with torch.enable_grad(), add_hooks(self.model, hooks):
             value = metric(logits_of(self.model, tokens, mask))
-            value.sum().backward()
+            kept = [self._seen[name] for names in self.names for name in names]
+            # Only these gradients: a backward pass would also compute that of every weight.
+            gradients = iter(torch.autograd.grad(value.sum(), kept, allow_unused=True))
         found = []
         for names, of_site in zip(self.names, sources, strict=True):
             of_layers = []
             for name, source in zip(names, of_site, strict=True):
-                own, gradient = self._seen[name], self._seen[name].grad
-                if gradient is None:  # nothing downstream reads it, as q and k of a last layer that sees one position
+                own, gradient = self._seen[name].detach(), next(gradients)
+                if gradient is None:  # nothing downstream reads it
                     gradient = torch.zeros_like(own)
-                of_layers.append(((source - own.detach().flatten(2)) * gradient.flatten(2)).sum(-1).float().cpu())
+                of_layers.append(((source - own.flatten(2)) * gradient.flatten(2)).sum(-1).float().cpu())
             found.append(torch.stack(of_layers))
         self._seen.clear()
-        for parameter in self.model.parameters():  # pyright: ignore[reportAttributeAccessIssue]
-            parameter.grad = None
         return torch.stack(found), value.detach().float().cpu()
 
 
