@@ -396,7 +396,8 @@ def _print_table(table: Any, title: str) -> None:
         drawn.add_column(str(column))
     for row in table.itertuples(index=False):
         drawn.add_row(*("yes" if v is True else "" if v is False else str(v) for v in row))
-    Console().print(drawn)
+    # In a pipe a table of 80 columns would hide its numbers.
+    Console(width=None if sys.stdout.isatty() else 200).print(drawn)
 
 
 @contextmanager

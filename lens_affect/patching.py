@@ -230,15 +230,20 @@ class PatchingMap:
         return load_result(cls, folder)
 
     def __str__(self) -> str:
-        table = self.to_frame()
-        best = table.loc[table["effect"].idxmax()]
         dropped = f", {sum(self.dropped.values())} dropped" if self.dropped else ""
         n_groups, smallest = len(set(self.groups)), 2 ** len(set(self.groups)) - 1
         gap, low, high = self.gap_interval
         nothing = "" if low > 0 else "; NOT ABOVE 0, so there is nothing to move and normalized effects mean nothing"
-        return (
+        head = (
             f"{self.provenance.title}, {self.name}: {self.direction} by {self.metric}, {len(self.gap)} pairs in {n_groups} groups{dropped}, "
-            f"{int(self.shown.sum())} show the behaviour (mean gap {gap:.2f} [{low:.2f}, {high:.2f}] nats{nothing})\n"
+            f"{int(self.shown.sum())} show the behaviour (mean gap {gap:.2f} [{low:.2f}, {high:.2f}] nats{nothing})"
+        )
+        table = self.to_frame()
+        if not np.isfinite(table["effect"].to_numpy(float)).any():
+            return head
+        best = table.loc[table["effect"].idxmax()]
+        return (
+            f"{head}\n"
             f"largest effect {best['effect']:.2f} [{best['low']:.2f}, {best['high']:.2f}] at {best['site']}, layer {best['layer']}, position "
             f"{best['position']}; above a random donor with family-wise {p_text(float(best['p_family']), min(smallest, 4095))}"
         )
