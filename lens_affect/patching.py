@@ -93,6 +93,11 @@ class PatchingMap:
         return float(interval.estimate), float(interval.low), float(interval.high)
 
     @property
+    def null(self) -> str:
+        """What p compares an effect with."""
+        return "a random donor" if "random" in self.controls else "0"
+
+    @property
     def shown(self) -> Bool[Tensor, " pair"]:
         """Pairs whose behaviour the model shows by itself: the gap is above 0."""
         return self.gap > 0
@@ -245,7 +250,7 @@ class PatchingMap:
         return (
             f"{head}\n"
             f"largest effect {best['effect']:.2f} [{best['low']:.2f}, {best['high']:.2f}] at {best['site']}, layer {best['layer']}, position "
-            f"{best['position']}; above a random donor with family-wise {p_text(float(best['p_family']), min(smallest, 4095))}"
+            f"{best['position']}; above {self.null} with family-wise {p_text(float(best['p_family']), min(smallest, 4095))}"
         )
 
     def _repr_html_(self) -> str:

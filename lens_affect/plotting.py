@@ -528,10 +528,10 @@ def plot_patching(found: PatchingMap, *, position: str | None = None, title: str
         y=[y for _, y in marked],
         mode="markers",
         marker={"symbol": "circle", "size": 4, "color": "#000000"},
-        name="family-wise p < 0.05 against a random donor",
+        name=f"family-wise p < 0.05 against {found.null}",
         hoverinfo="skip",
     )
-    x_title = "layer (0-based block); dots: family-wise p < 0.05 against a random donor"
+    x_title = f"layer (0-based block); dots: family-wise p < 0.05 against {found.null}"
     _layout(figure, title or _patching_title(found, table), x_title, "site")
     figure.update_yaxes(autorange="reversed", showgrid=False)
     return figure
