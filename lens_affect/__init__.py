@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from lens_affect.comparison import compare_methods as compare_methods
     from lens_affect.contrasts import ContrastPairs as ContrastPairs
     from lens_affect.contrasts import load_pairs as load_pairs
+    from lens_affect.effects import effect_sizes as effect_sizes
+    from lens_affect.effects import equivalence as equivalence
+    from lens_affect.effects import mann_whitney as mann_whitney
+    from lens_affect.effects import paired_tests as paired_tests
     from lens_affect.gate import GateVerdict as GateVerdict
     from lens_affect.gate import judge_gate as judge_gate
     from lens_affect.generation import Generated as Generated
@@ -46,16 +50,17 @@ if TYPE_CHECKING:
     from lens_affect.plotting import plot_curves as plot_curves
     from lens_affect.plotting import plot_emotions as plot_emotions
     from lens_affect.plotting import plot_methods as plot_methods
-    from lens_affect.plotting import plot_patching as plot_patching
     from lens_affect.plotting import plot_reliability as plot_reliability
-    from lens_affect.plotting import plot_siblings as plot_siblings
     from lens_affect.plotting import plot_similarity as plot_similarity
     from lens_affect.plotting import plot_valence_arousal as plot_valence_arousal
-    from lens_affect.plotting import save_figure as save_figure
+    from lens_affect.plotting_patching import plot_patching as plot_patching
+    from lens_affect.plotting_patching import plot_positions as plot_positions
+    from lens_affect.plotting_patching import plot_siblings as plot_siblings
     from lens_affect.projections import LayerProjections as LayerProjections
     from lens_affect.projections import projection_by_layer as projection_by_layer
     from lens_affect.protocols import extract_protocol as extract_protocol
     from lens_affect.report import write_report as write_report
+    from lens_affect.reported import check_effect_size as check_effect_size
     from lens_affect.results import Provenance as Provenance
     from lens_affect.scorecard import Scorecard as Scorecard
     from lens_affect.scorecard import make_scorecard as make_scorecard
@@ -67,11 +72,6 @@ if TYPE_CHECKING:
     from lens_affect.sites import SITES as SITES
     from lens_affect.sites import Site as Site
     from lens_affect.sites import resolve_site as resolve_site
-    from lens_affect.statistics import check_effect_size as check_effect_size
-    from lens_affect.statistics import effect_sizes as effect_sizes
-    from lens_affect.statistics import equivalence as equivalence
-    from lens_affect.statistics import mann_whitney as mann_whitney
-    from lens_affect.statistics import paired_tests as paired_tests
     from lens_affect.stimuli import EMOTIONS as EMOTIONS
     from lens_affect.stimuli import Stimuli as Stimuli
     from lens_affect.stimuli import load_prompts as load_prompts
@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     from lens_affect.stories import write_stories as write_stories
     from lens_affect.study import load_study as load_study
     from lens_affect.study import run_study as run_study
+    from lens_affect.style import save_figure as save_figure
     from lens_affect.sweeps import Sweep as Sweep
     from lens_affect.sweeps import SweepSpec as SweepSpec
     from lens_affect.sweeps import load_sweep as load_sweep
@@ -126,15 +127,15 @@ _HOME = {
     "approximate_patches": "gradients",
     "TokenView": "views",
     "attribute_direction": "attribution",
-    "check_effect_size": "statistics",
+    "check_effect_size": "reported",
     "check_model": "selfchecks",
     "circuitsvis_view": "views",
     "compare_geometry": "geometry",
     "compare_methods": "comparison",
     "curve_shape": "shapes",
-    "effect_sizes": "statistics",
+    "effect_sizes": "effects",
     "emotion_rdm": "geometry",
-    "equivalence": "statistics",
+    "equivalence": "effects",
     "extract_activations": "activations",
     "extract_poolings": "activations",
     "extract_protocol": "protocols",
@@ -151,17 +152,18 @@ _HOME = {
     "localize": "localization",
     "make_scorecard": "scorecard",
     "make_spec": "sweeps",
-    "mann_whitney": "statistics",
+    "mann_whitney": "effects",
     "measure_anisotropy": "anisotropy",
-    "paired_tests": "statistics",
+    "paired_tests": "effects",
     "patch_sites": "patching",
     "plot_anisotropy": "plotting",
     "plot_curves": "plotting",
     "plot_emotions": "plotting",
     "plot_methods": "plotting",
-    "plot_patching": "plotting",
+    "plot_patching": "plotting_patching",
+    "plot_positions": "plotting_patching",
     "plot_reliability": "plotting",
-    "plot_siblings": "plotting",
+    "plot_siblings": "plotting_patching",
     "plot_similarity": "plotting",
     "plot_valence_arousal": "plotting",
     "projection_by_layer": "projections",
@@ -169,7 +171,7 @@ _HOME = {
     "resolve_site": "sites",
     "run_study": "study",
     "run_sweep": "sweeps",
-    "save_figure": "plotting",
+    "save_figure": "style",
     "top_neurons": "neurons",
     "valence_arousal": "axes",
     "view_tokens": "views",

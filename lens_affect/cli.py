@@ -25,6 +25,9 @@ app = typer.Typer(
 )
 
 
+VECTORS_HELP = "Folder of a finished sweep or of saved emotion vectors; by default they are fitted on our passages."
+
+
 class Method(StrEnum):
     """Where the texts come from."""
 
@@ -173,7 +176,11 @@ def patch(
         ),
     ] = "affect",
     positions: Annotated[str, typer.Option(help="all (from the first difference on), last, or each.")] = "all",
-    metric: Annotated[str, typer.Option(help="logit_difference or kl.")] = "logit_difference",
+    metric: Annotated[str, typer.Option(help="logit_difference, kl or projection.")] = "logit_difference",
+    vectors: Annotated[str, typer.Option(help="For projection. " + VECTORS_HELP)] = "",
+    read_layer: Annotated[
+        int | None, typer.Option(help="For projection: 0-based block that is read; the last one by default.")
+    ] = None,
     direction: Annotated[str, typer.Option(help="denoise or noise.")] = "denoise",
     controls: Annotated[
         str, typer.Option(help="Comma-separated donors: self, random, topic, other_emotion, rank8, rank32.")
@@ -181,24 +188,42 @@ def patch(
     drop: Annotated[bool, typer.Option("--drop", help="Leave out pairs of unequal token length.")] = False,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    run: Annotated[
+        str,
+        typer.Option(
+            help="Folder of a finished sweep of this model: the map is kept there and its report gets a section on it."
+        ),
+    ] = "",
     out: Annotated[str, typer.Option(help="Folder of the map; runs/MODEL-PAIRS-POSITIONS by default.")] = "",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the map as JSON.")] = False,
 ) -> None:
     """Which site carries an emotion from one text to its counterpart: gate_proj against its siblings, with controls."""
     with _errors():
+        from lens_affect.adapter import model_info
         from lens_affect.contrasts import load_pairs
         from lens_affect.models import load_model
         from lens_affect.patching import GATE_AGAINST_SIBLINGS, patch_sites
-        from lens_affect.plotting import plot_patching, save_figure
+        from lens_affect.plotting_patching import plot_patching
+        from lens_affect.report import write_report
+        from lens_affect.style import save_figure
+        from lens_affect.sweeps import MAPS, load_sweep
 
         chosen = load_pairs(pairs)
-        folder = Path(out or Path("runs") / f"{Path(model).name}-{chosen.name}-{positions}")
+        name = "-".join([chosen.name, positions, *([] if metric == "logit_difference" else [metric])])
+        sweep = load_sweep(run) if run else None
+        folder = Path(out or (sweep.folder / MAPS / name if sweep else Path("runs") / f"{Path(model).name}-{name}"))
         if folder.exists():
             raise FileExistsError(f"received the folder {folder}, which is there already; choose another with --out")
         with _progress(quiet or json) as report:
+            saved = vectors or (run if metric == "projection" else "")
+            found_vectors = _saved_vectors(saved)[0] if saved else None
             with report("load the model"):
                 loaded = load_model(model, dtype=dtype)
+            if sweep:
+                next(iter(sweep.vectors.values())).require_match(model_info(loaded).provenance)
+            if metric == "projection" and found_vectors is None:
+                found_vectors, _ = _fit_on_passages(loaded, read_layer, report)
             with report("patch") as progress:
                 found = patch_sites(
                     loaded,
@@ -206,20 +231,24 @@ def patch(
                     sites=tuple(filter(None, sites.split(","))) or GATE_AGAINST_SIBLINGS,
                     positions=positions,
                     metric=metric,
+                    vectors=found_vectors,
+                    read_layer=read_layer,
                     direction=direction,
                     controls=tuple(filter(None, controls.split(","))),
                     drop=drop or None,
                     seed=seed,
                     progress=progress,
                 )
-        found.save(folder / "map")
+        found.save(folder)
         found.to_frame().to_csv(folder / "map.csv", index=False)
         page = save_figure(plot_patching(found), folder / "map-figure", found)
+        if sweep:
+            page = write_report(sweep)
         if json:
             print(found.to_frame().to_json(orient="records", indent=1))
             return
         print(found)
-        print(f"Figure: {page.absolute()}")
+        print(f"{'Report' if sweep else 'Figure'}: {page.absolute()}")
 
 
 @app.command()
@@ -259,9 +288,7 @@ def explain(
     emotion: Annotated[str, typer.Option(help="Whose vector the text is projected on.")],
     vectors: Annotated[
         str,
-        typer.Option(
-            help="Folder of a finished sweep or of saved emotion vectors; by default they are fitted on our passages."
-        ),
+        typer.Option(help=VECTORS_HELP),
     ] = "",
     layer: Annotated[
         int | None,

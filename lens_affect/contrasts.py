@@ -7,10 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from lens_affect.results import content_hash
+from lens_affect.statistics import derive_generator
 from lens_affect.tables import FORMATS, read_table, require_columns
 
 SETS = {
@@ -110,9 +112,11 @@ class ContrastPairs:
 
     @property
     def hash(self) -> str:
-        """First 16 hex digits of the SHA-256 over texts, words and groups."""
+        """First 16 hex digits of the SHA-256 over texts, words, emotions and groups."""
         words = (" ".join(w) for w in (*self.clean_words, *self.corrupted_words))
-        return content_hash(self.clean, self.corrupted, tuple(words), self.groups)
+        return content_hash(
+            self.clean, self.corrupted, tuple(words), self.clean_emotions, self.corrupted_emotions, self.groups
+        )
 
     def select(self, rows: Sequence[int]) -> "ContrastPairs":
         """The pairs at these row numbers, in this order.
@@ -122,6 +126,40 @@ class ContrastPairs:
         """
         columns = [n for n in self.__dataclass_fields__ if n != "name"]
         return ContrastPairs(**{n: tuple(getattr(self, n)[i] for i in rows) for n in columns}, name=self.name)
+
+    def sample(self, n: int, *, seed: int = 0) -> "ContrastPairs":
+        """n pairs, spread as evenly as possible over groups and over contrasts (which emotion is clean, which corrupted).
+
+        Every n-th pair would not do: in a set that alternates, all of them could have the same side clean.
+
+        Args:
+            n: how many.
+            seed: which ones, among those that are equally good.
+
+        Raises:
+            ValueError: n is not between 1 and the number of pairs.
+        """
+        if not 1 <= n <= len(self):
+            raise ValueError(f"received n={n}; allowed are 1 to {len(self)} pairs")
+        contrasts = list(zip(self.clean_emotions, self.corrupted_emotions, strict=True))
+        left = derive_generator(seed, "sample pairs").permutation(len(self)).tolist()
+        of_contrast, of_group, of_both = Counter[Any](), Counter[Any](), Counter[Any]()
+        chosen = []
+        for _ in range(n):
+            row = min(
+                left,
+                key=lambda r: (
+                    of_group[self.groups[r]],
+                    of_contrast[contrasts[r]],
+                    of_both[self.groups[r], contrasts[r]],
+                ),
+            )
+            left.remove(row)
+            chosen.append(row)
+            of_group[self.groups[row]] += 1
+            of_contrast[contrasts[row]] += 1
+            of_both[self.groups[row], contrasts[row]] += 1
+        return self.select(sorted(chosen))
 
     def to_frame(self) -> pd.DataFrame:
         """One row per pair."""

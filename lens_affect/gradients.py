@@ -87,6 +87,7 @@ def approximate_patches(
         positions=tuple(places),
         groups=matched.pairs.groups,
         metric="logit_difference",
+        read_layer=None,
         direction=direction,
         n_layers=int(model.cfg.n_layers),
         dropped=matched.dropped,
@@ -183,7 +184,7 @@ def agreement(exact: PatchingMap, approximate: PatchingMap) -> pd.DataFrame:
     Raises:
         ValueError: maps of different pairs, sites, layers or positions.
     """
-    for name in ("sites", "layers", "positions", "groups", "direction", "metric"):
+    for name in ("sites", "layers", "positions", "groups", "direction", "metric", "read_layer"):
         if getattr(exact, name) != getattr(approximate, name):
             raise ValueError(
                 f"received maps with different {name} ({getattr(exact, name)!r:.80} and {getattr(approximate, name)!r:.80}); make both from the "

@@ -28,13 +28,15 @@ from lens_affect.results import Provenance, Stopwatch, load_result, save_result
 from lens_affect.selfchecks import ensure_checked
 from lens_affect.sites import SITES, resolve_site
 from lens_affect.statistics import jackknife_interval, mean_interval
+from lens_affect.vectors import EmotionVectors
 
 POSITIONS = ("all", "last", "each")
 METRICS = {
     "logit_difference": "log odds of the clean words against the corrupted words, nats",
     "kl": "KL divergence of the next word from the target run's, nats",
+    "projection": "projection of resid_post of a later layer on the clean emotion's unit vector minus that on the corrupted emotion's, at the last position",
 }
-"""What is measured, with its unit."""
+"""What is measured, with its unit; a projection has the residual stream's."""
 DIRECTIONS = ("denoise", "noise")
 SAME = {"z": "attn_out", "o": "attn_out", "act": "mlp_out", "down": "mlp_out"}
 """Sites that carry the same patch as another at the same positions, when the whole activation is replaced."""
@@ -56,7 +58,7 @@ class PatchingMap:
     control_changes: dict[str, Float[Tensor, "pair site layer position"]]
     """The same for the relative change."""
     gap: Float[Tensor, " pair"]
-    """What there is to move: metric of the target run minus the start run (for KL, the divergence of the start run)."""
+    """What there is to move, in the metric's unit: metric of the target run minus the start run (for KL, the divergence of the start run)."""
     sites: tuple[str, ...]
     """Patched sites."""
     layers: tuple[int, ...]
@@ -67,6 +69,8 @@ class PatchingMap:
     """Topic of each pair."""
     metric: str
     """One of METRICS."""
+    read_layer: int | None
+    """Block whose resid_post a projection is read from; None where the next word is read."""
     direction: str
     """`denoise`: the corrupted text runs, the clean one is the donor; `noise`: the reverse."""
     n_layers: int
@@ -91,6 +95,16 @@ class PatchingMap:
         means = [float(self.gap[[g == name for g in self.groups]].mean()) for name in names]
         interval = mean_interval(np.array(means))
         return float(interval.estimate), float(interval.low), float(interval.high)
+
+    @property
+    def measured(self) -> str:
+        """The metric in words."""
+        return self.metric.replace("_", " ") if self.read_layer is None else f"projection at layer {self.read_layer}"
+
+    @property
+    def unit(self) -> str:
+        """Of gap and effect_raw."""
+        return "nats" if self.read_layer is None else "units of the residual stream"
 
     @property
     def null(self) -> str:
@@ -240,8 +254,8 @@ class PatchingMap:
         gap, low, high = self.gap_interval
         nothing = "" if low > 0 else "; NOT ABOVE 0, so there is nothing to move and normalized effects mean nothing"
         head = (
-            f"{self.provenance.title}, {self.name}: {self.direction} by {self.metric}, {len(self.gap)} pairs in {n_groups} groups{dropped}, "
-            f"{int(self.shown.sum())} show the behaviour (mean gap {gap:.2f} [{low:.2f}, {high:.2f}] nats{nothing})"
+            f"{self.provenance.title}, {self.name}: {self.direction} by {self.measured}, {len(self.gap)} pairs in {n_groups} groups{dropped}, "
+            f"{int(self.shown.sum())} show the behaviour (mean gap {gap:.2f} [{low:.2f}, {high:.2f}] {self.unit}{nothing})"
         )
         table = self.to_frame()
         if not np.isfinite(table["effect"].to_numpy(float)).any():
@@ -278,6 +292,8 @@ def patch_sites(
     layers: Sequence[int] | None = None,
     positions: str = "all",
     metric: str = "logit_difference",
+    vectors: EmotionVectors | None = None,
+    read_layer: int | None = None,
     direction: str = "denoise",
     controls: Sequence[str] = ("random",),
     drop: bool | None = None,
@@ -291,9 +307,11 @@ def patch_sites(
         model: a bridge or a HookedTransformer.
         pairs: texts of equal token length (contrasts.load_pairs, ContrastPairs.from_texts).
         sites: names from sites.SITES.
-        layers: 0-based blocks; all by default.
+        layers: 0-based blocks; all that the metric can show by default.
         positions: `all` from the first differing token on, `last`, or `each` of them by itself.
         metric: a name from METRICS.
+        vectors: for `projection`: directions of the emotions of both sides of every pair, read at resid_post of this model.
+        read_layer: for `projection`: the block that is read, the last one of the vectors by default; later blocks are not patched.
         direction: `denoise` (corrupted text, clean donor) or `noise` (clean text, corrupted donor).
         controls: names from donors.DONORS, each patched everywhere as well.
         drop: leave out pairs of unequal length instead of refusing them; by default only pairs of our own sets are dropped.
@@ -306,14 +324,17 @@ def patch_sites(
 
     Raises:
         ValueError: an unknown site, metric, direction, donor or layer, a model without that site, pairs of unequal length, a side without
-            words, or logits that are not finite.
+            words, vectors of another model or without an emotion of the pairs, or logits that are not finite.
 
     Example:
         >>> patch_sites(model, load_pairs("affect"), sites=["gate", "up"], positions="last").to_frame()  # doctest: +SKIP
     """
     clock = Stopwatch()
-    chosen = check_patching(model, sites, layers, positions, metric, direction, controls)
+    read = _read_layer(model, metric, vectors, read_layer)
+    layers = range(read + 1) if layers is None and read is not None else layers
+    chosen = check_patching(model, sites, layers, positions, metric, direction, controls, read=read)
     matched = match_pairs(model, pairs, drop=drop)
+    axes = None if vectors is None or read is None else emotion_axes(vectors, matched.pairs, read)
     ensure_checked(model)
     n = len(matched)
     # Rows 0 to n - 1 of the recording are the clean texts, the others the corrupted ones.
@@ -326,11 +347,10 @@ def patch_sites(
             f"received logits that are not finite for {'clean' if bad < n else 'corrupted'} text {bad % n} in "
             f"{model_info(model).provenance.dtype}; load the model with dtype=torch.float32 or bfloat16"
         )
-    measure, gap, offset = _measure(matched, recording.logits, metric, direction)
     donors = make_donors(model, matched, recording, sites, chosen, controls, direction, positions, seed)
-    replay = Replay(
-        model, recording, sites=sites, edits={d.name: d.edit for d in donors if d.edit}, batch_tokens=batch_tokens
-    )
+    edits = {d.name: d.edit for d in donors if d.edit}
+    replay = Replay(model, recording, sites=sites, edits=edits, read=read, batch_tokens=batch_tokens)
+    measure, gap, offset = _measure(matched, replay.unpatched(), metric, direction, axes)
     places = places_of(matched, positions)
     cells = _cells(matched, sites, chosen, places, donors, direction)
     outcome = replay.run([cell.patch for cell in cells], measure=measure, progress=progress)
@@ -349,11 +369,12 @@ def patch_sites(
         positions=tuple(places),
         groups=matched.pairs.groups,
         metric=metric,
+        read_layer=read,
         direction=direction,
         n_layers=int(model.cfg.n_layers),
         dropped=matched.dropped,
         words_left_out=matched.words_left_out,
-        way=f"{replay.way}: {replay.reason or f'largest difference of a logit {replay.difference:.1e}'}",
+        way=f"{replay.way}: {replay.reason or f'largest difference of an output {replay.difference:.1e}'}",
         seed=seed,
         name=pairs.name,
         provenance=provenance,
@@ -368,8 +389,10 @@ def check_patching(
     metric: str,
     direction: str,
     controls: Sequence[str],
+    *,
+    read: int | None = None,
 ) -> tuple[int, ...]:
-    """The layers, if everything asked for is there.
+    """The layers, if everything asked for is there; none behind the one that is read.
 
     Raises:
         ValueError: what is not, and what is allowed.
@@ -388,31 +411,88 @@ def check_patching(
         raise ValueError(f"received sites {list(sites)}; allowed are one or more different ones of {list(SITES)}")
     for site in sites:
         resolve_site(model, site)
-    n_layers = int(model.cfg.n_layers)
+    n_layers = int(model.cfg.n_layers) if read is None else read + 1
     chosen = tuple(range(n_layers)) if layers is None else tuple(layers)
     if not chosen or len(set(chosen)) != len(chosen) or any(not 0 <= layer < n_layers for layer in chosen):
         raise ValueError(f"received layers {list(chosen)}; allowed are different ones of 0 to {n_layers - 1}")
     return chosen
 
 
+def _read_layer(model: LensModel, metric: str, vectors: EmotionVectors | None, read_layer: int | None) -> int | None:
+    """The block that the metric reads, None for the next word.
+
+    Raises:
+        ValueError: vectors or a layer without use, a projection without vectors, or vectors that do not fit.
+    """
+    if metric != "projection":
+        if vectors is not None or read_layer is not None:
+            raise ValueError(
+                f"received vectors or read_layer with metric={metric!r}; they belong to metric='projection'"
+            )
+        return None
+    if vectors is None:
+        raise ValueError(
+            "received metric='projection' without vectors; give those of this model, e.g. "
+            "vectors=fit_vectors(extract_activations(model, load_stimuli('passages')))"
+        )
+    vectors.require_match(model_info(model).provenance)
+    if vectors.site != "resid_post":
+        raise ValueError(
+            f"received vectors read at {vectors.site}; a projection is read at resid_post: fit vectors there"
+        )
+    read = vectors.layers[-1] if read_layer is None else read_layer
+    if read not in vectors.layers:
+        raise ValueError(f"received read_layer={read}; there are vectors for layers {list(vectors.layers)}")
+    return read
+
+
+def emotion_axes(vectors: EmotionVectors, pairs: ContrastPairs, layer: int) -> Float[Tensor, "pair d_model"]:
+    """Unit vector of each pair's clean emotion minus that of its corrupted one, at one layer.
+
+    Raises:
+        ValueError: an emotion of the pairs that has no vector.
+    """
+    missing = sorted({*pairs.clean_emotions, *pairs.corrupted_emotions} - set(vectors.emotions))
+    if missing:
+        raise ValueError(
+            f"received pairs with {missing[:6]}, for which there is no vector; allowed are {list(vectors.emotions)}: fit vectors of these emotions, "
+            "or select other pairs"
+        )
+    axes = [
+        vectors.vector(a, layer) - vectors.vector(b, layer)
+        for a, b in zip(pairs.clean_emotions, pairs.corrupted_emotions, strict=True)
+    ]
+    return torch.stack(axes)
+
+
 def _measure(
-    matched: MatchedPairs, logits: Float[Tensor, "text vocab"], metric: str, direction: str
+    matched: MatchedPairs,
+    outputs: Float[Tensor, "text output"],
+    metric: str,
+    direction: str,
+    axes: Float[Tensor, "pair d_model"] | None,
 ) -> tuple[Callable[[Outcome], Tensor], Float[Tensor, " pair"], Float[Tensor, " pair"]]:
     """What to keep of each patched run, the gap of each pair, and the value of its start run; effects are value minus start."""
     n = len(matched)
     start, target = (slice(n, None), slice(0, n)) if direction == "denoise" else (slice(0, n), slice(n, None))
     if metric == "kl":
-        goal = logits[target].log_softmax(-1)
+        goal = outputs[target].log_softmax(-1)
 
         def minus_kl(row_logits: Tensor, rows: Tensor) -> Tensor:
             return -(goal[rows].exp() * (goal[rows] - row_logits.log_softmax(-1))).sum(-1)
 
-        offset = minus_kl(logits[start], torch.arange(n))
-        return lambda o: torch.stack([minus_kl(o.logits, o.texts % n), o.change], 1), -offset, offset
+        offset = minus_kl(outputs[start], torch.arange(n))
+        return lambda o: torch.stack([minus_kl(o.output, o.texts % n), o.change], 1), -offset, offset
     sign = 1.0 if direction == "denoise" else -1.0
-    offset = sign * matched.log_odds(logits[start])
-    gap = sign * matched.log_odds(logits[target]) - offset
-    return lambda o: torch.stack([sign * matched.log_odds(o.logits, o.texts % n), o.change], 1), gap, offset
+    along = None if axes is None else axes.to(outputs)
+
+    def value(output: Tensor, rows: Tensor) -> Tensor:
+        return sign * (matched.log_odds(output, rows) if along is None else (output * along[rows]).sum(-1))
+
+    every = torch.arange(n)
+    offset = value(outputs[start], every)
+    gap = value(outputs[target], every) - offset
+    return lambda o: torch.stack([value(o.output, o.texts % n), o.change], 1), gap, offset
 
 
 def places_of(matched: MatchedPairs, positions: str) -> dict[str, int | None]:

@@ -1,13 +1,6 @@
-"""Results in, plotly figures out. Titles state the finding; intervals and nulls are always drawn.
+"""Curves, vectors and comparisons in, plotly figures out. Titles state the finding; intervals and nulls are always drawn."""
 
-Colours are Okabe and Ito's, safe for colour-blind readers; each emotion has one colour and marker everywhere.
-"""
-
-import json
-import logging
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,32 +14,9 @@ from lens_affect.comparison import FACTORS, METRICS, MethodComparison
 from lens_affect.geometry import FEWEST_EMOTIONS
 from lens_affect.localization import EMBEDDING, LocalizationCurve
 from lens_affect.nulls import p_text
-from lens_affect.patching import SAME, PatchingMap
-from lens_affect.results import write_text_atomically
-from lens_affect.statistics import jackknife_interval
 from lens_affect.stimuli import EMOTIONS
+from lens_affect.style import EMOTION_COLOURS, EMOTION_MARKERS, PALETTE, QUADRANT_COLOURS, draw_band, set_layout
 from lens_affect.vectors import EmotionVectors
-
-log = logging.getLogger(__name__)
-
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
-_MARKERS = ("circle", "square", "diamond", "triangle-up", "x")
-QUADRANT_COLOURS = {
-    "positive, high": "#E69F00",
-    "positive, low": "#009E73",
-    "negative, high": "#D55E00",
-    "negative, low": "#0072B2",
-}
-EMOTION_COLOURS = {name: QUADRANT_COLOURS[e.quadrant] for name, e in EMOTIONS.items()}
-"""Colour of an emotion: that of its quadrant of the valence-arousal plane."""
-_IN_QUADRANT = {
-    name: [n for n in EMOTIONS if EMOTIONS[n].quadrant == e.quadrant].index(name) for name, e in EMOTIONS.items()
-}
-EMOTION_MARKERS = {
-    name: _MARKERS[i % len(_MARKERS)] + ("-open" if i >= len(_MARKERS) else "") for name, i in _IN_QUADRANT.items()
-}
-"""Marker of an emotion: tells it from the others of its quadrant."""
-_WIDTH, _HEIGHT = 900, 480
 
 
 def plot_curves(
@@ -81,7 +51,7 @@ def plot_curves(
             annotation_position="bottom right",
         )
     for curve, colour in zip(several, PALETTE, strict=False):
-        _band(figure, curve.depth.numpy(), curve.low.numpy(), curve.high.numpy(), colour, None)
+        draw_band(figure, curve.depth.numpy(), curve.low.numpy(), curve.high.numpy(), colour, None)
         figure.add_scatter(
             x=curve.depth.numpy(),
             y=curve.values.numpy(),
@@ -97,7 +67,7 @@ def plot_curves(
             ),
             hovertemplate="layer %{customdata[0]}, depth %{x:.2f}<br>%{y:.3f} [%{customdata[1]:.3f}, %{customdata[2]:.3f}]<br>family-wise p %{customdata[3]:.3f}<extra></extra>",
         )
-    _layout(
+    set_layout(
         figure,
         title or curve_title(first),
         "depth: (layer + 1) / layers; open diamond at 0: token embedding",
@@ -112,7 +82,9 @@ def _null(figure: go.Figure, curve: LocalizationCurve, colour: str, *, named: bo
     alone = colour == "#999999"
     names = ("95 % of shuffled labels", "5 % threshold over all layers")
     low, high = curve.null_low.numpy(), curve.null_high.numpy()
-    _band(figure, curve.depth.numpy(), low, high, colour, names[0] if named else None, opacity=0.2 if alone else 0.08)
+    draw_band(
+        figure, curve.depth.numpy(), low, high, colour, names[0] if named else None, opacity=0.2 if alone else 0.08
+    )
     figure.add_scatter(
         x=curve.depth.numpy(),
         y=curve.threshold.numpy(),
@@ -142,41 +114,6 @@ def curve_title(curve: LocalizationCurve) -> str:
         f"{curve.provenance.title}<br>{curve.unit} is best at depth {curve.depth[i]:.2f} (95 % interval {low:.2f} to {high:.2f}): "
         f"{curve.values[i]:.2f} [{curve.low[i]:.2f}, {curve.high[i]:.2f}]"
     )
-
-
-def _band(
-    figure: go.Figure,
-    x: np.ndarray,
-    low: np.ndarray,
-    high: np.ndarray,
-    colour: str,
-    name: str | None,
-    opacity: float = 0.2,
-) -> None:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    figure.add_scatter(
-        x=np.concatenate([x, x[::-1]]),
-        y=np.concatenate([low, high[::-1]]),
-        fill="toself",
-        fillcolor=f"rgba({red},{green},{blue},{opacity})",
-        line={"width": 0},
-        name=name,
-        showlegend=name is not None,
-        hoverinfo="skip",
-    )
-
-
-def _layout(figure: go.Figure, title: str, x: str, y: str) -> None:
-    figure.update_layout(
-        title={"text": title, "font": {"size": 15}, "x": 0.02, "xanchor": "left"},
-        template="simple_white",
-        width=_WIDTH,
-        height=_HEIGHT,
-        margin={"t": 60 + 20 * title.count("<br>"), "l": 70, "r": 30, "b": 110},
-        legend={"orientation": "h", "y": -0.24, "x": 0},
-    )
-    figure.update_xaxes(title_text=x)
-    figure.update_yaxes(title_text=y)
 
 
 def plot_similarity(vectors: EmotionVectors, layer: int, *, title: str | None = None) -> go.Figure:
@@ -211,7 +148,7 @@ def plot_similarity(vectors: EmotionVectors, layer: int, *, title: str | None = 
             hovertemplate="%{y} and %{x}: %{z:.2f}<extra></extra>",
         )
     )
-    _layout(figure, text, "", "")
+    set_layout(figure, text, "", "")
     figure.update_layout(width=760, height=720, margin={"t": 80, "l": 110, "r": 30, "b": 110})
     figure.update_yaxes(autorange="reversed")
     return figure
@@ -253,7 +190,7 @@ def plot_valence_arousal(vectors: EmotionVectors, layer: int, *, title: str | No
             marker={"color": "#7F7F7F", "size": 10},
             name="not placed",
         )
-    _layout(
+    set_layout(
         figure,
         text,
         f"first principal component ({shares[0]:.0%} of variance)",
@@ -281,7 +218,7 @@ def plot_reliability(vectors: Sequence[EmotionVectors]) -> go.Figure:
     for one, colour in zip(vectors, PALETTE, strict=False):
         depth = (np.array(one.layers) + 1) / one.n_layers
         values = one.reliability.numpy()
-        _band(figure, depth, values.min(0), values.max(0), colour, None)
+        draw_band(figure, depth, values.min(0), values.max(0), colour, None)
         figure.add_scatter(
             x=depth,
             y=values.mean(0),
@@ -292,7 +229,7 @@ def plot_reliability(vectors: Sequence[EmotionVectors]) -> go.Figure:
         )
     best = max(vectors, key=lambda v: float(v.reliability.mean(0).max()))
     top = float(best.reliability.mean(0).max())
-    _layout(
+    set_layout(
         figure,
         f"{best.provenance.title}<br>vectors of two halves of the topics agree up to {top:.2f} ({best.source}, mean over emotions)",
         "depth: (layer + 1) / layers",
@@ -341,40 +278,9 @@ def plot_emotions(curve: LocalizationCurve, *, title: str | None = None) -> go.F
             marker={"symbol": "line-ns-open", "color": "#666666", "size": 10},
             name="shuffled labels (mean)",
         )
-    _layout(figure, text, curve.unit, "")
+    set_layout(figure, text, curve.unit, "")
     figure.update_layout(height=620, margin={"l": 110, "t": 80, "r": 30, "b": 110})
     return figure
-
-
-def save_figure(figure: go.Figure, path: str | os.PathLike[str], *results: Any) -> Path:
-    """Save a figure as HTML (sharing one plotly.min.js per folder), its numbers as JSON, and a PNG where a browser is found.
-
-    Args:
-        figure: what a plot function returned.
-        path: without suffix.
-        results: what the figure shows; their tables and provenance go into the JSON.
-
-    Returns:
-        The path of the HTML file.
-    """
-    place = Path(path)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    title = figure.to_dict()["layout"]["title"]["text"]
-    numbers = []
-    for result in results:
-        table = pd.DataFrame(result.to_frame()).to_json(orient="split", index=False, double_precision=10)
-        numbers.append({"title": title, "table": json.loads(str(table)), "provenance": result.provenance.__dict__})
-    write_text_atomically(place.with_suffix(".json"), json.dumps(numbers, indent=1, default=str))
-    figure.write_html(place.with_suffix(".html"), include_plotlyjs="directory")
-    try:
-        figure.write_image(place.with_suffix(".png"), scale=2)
-    except Exception as error:  # kaleido raises kinds of its own; the interactive figure is there already
-        log.warning(
-            "no PNG of %s (%s); install the group `figures` and a Chromium (BROWSER_PATH)",
-            place.name,
-            str(error).splitlines()[0],
-        )
-    return place.with_suffix(".html")
 
 
 FACTOR_COLOURS = dict(zip(FACTORS, PALETTE, strict=False))
@@ -430,7 +336,7 @@ def plot_methods(comparison: MethodComparison, *, metric: str = "accuracy", titl
             hovertemplate="%{y}: %{x:+.3f}, Holm p %{customdata:.3g}<extra></extra>",
         )
     figure.add_vline(x=0, line={"color": "#666666", "width": 1})
-    _layout(
+    set_layout(
         figure,
         title
         or f"{comparison.provenance.title}, layer {comparison.layer}<br>{claim}<br>reference ({value:.2f}): {', '.join(comparison.reference)}",
@@ -453,7 +359,7 @@ def plot_anisotropy(measures: Anisotropy | Sequence[Anisotropy], *, title: str |
     for one, colour in zip(several, PALETTE, strict=False):
         table = one.table
         x = table["depth"].to_numpy(dtype=float)
-        _band(figure, x, table["low"].to_numpy(dtype=float), table["high"].to_numpy(dtype=float), colour, None)
+        draw_band(figure, x, table["low"].to_numpy(dtype=float), table["high"].to_numpy(dtype=float), colour, None)
         figure.add_scatter(
             x=x,
             y=table["mean_cosine"],
@@ -467,7 +373,7 @@ def plot_anisotropy(measures: Anisotropy | Sequence[Anisotropy], *, title: str |
         )
     first = several[0]
     layers = first.table[first.table["row"] != EMBEDDING]["mean_cosine"]
-    _layout(
+    set_layout(
         figure,
         title
         or f"{first.provenance.title}<br>neutral sentences lie within a cosine of {layers.min():.2f} to {layers.max():.2f} of each other, whatever they say",
@@ -475,141 +381,3 @@ def plot_anisotropy(measures: Anisotropy | Sequence[Anisotropy], *, title: str |
         "mean cosine, last token",
     )
     return figure
-
-
-SITE_COLOURS = {
-    "gate": "#D55E00",
-    "up": "#0072B2",
-    "mlp_out": "#000000",
-    "attn_out": "#009E73",
-    "q": "#56B4E9",
-    "k": "#CC79A7",
-    "v": "#E69F00",
-}
-"""Colour of a patched site; sites that carry the same patch (patching.SAME) share it."""
-
-
-def plot_patching(found: PatchingMap, *, position: str | None = None, title: str | None = None) -> go.Figure:
-    """Normalized effect of every site at every layer; cells beyond a random donor are marked.
-
-    Args:
-        found: of patch_sites.
-        position: one label of its position axis; the last by default.
-        title: a finding; by default the cell with the largest effect.
-
-    Raises:
-        ValueError: a position that is not there.
-    """
-    place = position or found.positions[-1]
-    if place not in found.positions:
-        raise ValueError(f"received position {place!r}; this map has {list(found.positions)}")
-    table = found.to_frame()
-    table = pd.DataFrame(table[table["position"] == place])
-    wide = {
-        c: table.pivot(index="site", columns="layer", values=c).loc[list(found.sites)] for c in ("effect", "p_family")
-    }
-    values = wide["effect"].to_numpy(float)
-    limit = max(float(np.nanmax(np.abs(values))), 1e-6)
-    figure = go.Figure(
-        go.Heatmap(
-            z=values,
-            x=list(found.layers),
-            y=list(found.sites),
-            colorscale="RdBu_r",
-            zmin=-limit,
-            zmax=limit,
-            colorbar={"title": "effect (0: nothing, 1: all)"},
-            hovertemplate="%{y}, layer %{x}: %{z:.3f}<extra></extra>",
-        )
-    )
-    marked = [(x, y) for y in found.sites for x in found.layers if wide["p_family"].loc[y, x] < 0.05]
-    figure.add_scatter(
-        x=[x for x, _ in marked],
-        y=[y for _, y in marked],
-        mode="markers",
-        marker={"symbol": "circle", "size": 4, "color": "#000000"},
-        name=f"family-wise p < 0.05 against {found.null}",
-        hoverinfo="skip",
-    )
-    x_title = f"layer (0-based block); dots: family-wise p < 0.05 against {found.null}"
-    _layout(figure, title or _patching_title(found, table), x_title, "site")
-    figure.update_yaxes(autorange="reversed", showgrid=False)
-    return figure
-
-
-def plot_siblings(
-    found: PatchingMap,
-    *,
-    sites: Sequence[str] = ("gate", "up", "attn_out", "mlp_out"),
-    per_change: bool = False,
-    title: str | None = None,
-) -> go.Figure:
-    """The gate beside its siblings over depth, each with its interval over topics and, dotted, its random donor.
-
-    Args:
-        found: of patch_sites, with positions `all` or `last`.
-        sites: which of its sites.
-        per_change: effects divided by the relative change of the residual stream that the patch causes.
-        title: a finding; by default the layer where the first site differs most from the second.
-
-    Raises:
-        ValueError: a site that was not patched, or a map of each position.
-    """
-    missing = [s for s in sites if s not in found.sites]
-    if missing or len(found.positions) != 1:
-        raise ValueError(
-            f"received sites {list(sites)} and a map of {list(found.sites)} at positions {list(found.positions)[:3]}; one figure shows patched "
-            "sites at one position: patch_sites(positions='all' or 'last')"
-        )
-    depth = (np.array(found.layers) + 1) / found.n_layers
-    figure = go.Figure()
-    whole, without = found.normalized(per_change=per_change)
-    interval = jackknife_interval(whole, without)
-    random = found.normalized(donor="random", per_change=per_change)[0] if "random" in found.controls else None
-    for site in sites:
-        i, colour = found.sites.index(site), SITE_COLOURS.get(SAME.get(site, site), "#7F7F7F")
-        _band(figure, depth, interval.low[i, :, 0], interval.high[i, :, 0], colour, None, opacity=0.15)
-        figure.add_scatter(
-            x=depth, y=whole[i, :, 0], mode="lines+markers", line={"color": colour}, marker={"size": 5}, name=site,
-            customdata=list(found.layers), hovertemplate=f"{site}, layer %{{customdata}}: %{{y:.3f}}<extra></extra>",
-        )  # fmt: skip
-        if random is not None:
-            figure.add_scatter(
-                x=depth, y=random[i, :, 0], mode="lines", line={"color": colour, "dash": "dot", "width": 1},
-                name=f"{site}, random donor", showlegend=False, hovertemplate=f"{site}, random donor: %{{y:.3f}}<extra></extra>",
-            )  # fmt: skip
-    figure.add_hline(y=0, line={"color": "#666666", "width": 1})
-    unit = "effect per relative change of resid_post" if per_change else "effect (0: nothing, 1: all)"
-    _layout(
-        figure,
-        title
-        or _siblings_title(
-            found, sites[0], [s for s in ("up", "attn_out") if s in sites[1:]] or sites[1:2], per_change
-        ),
-        "depth: (layer + 1) / layers; dotted: random donor",
-        unit,
-    )
-    figure.update_layout(margin={"t": 110}, title={"font": {"size": 15}})
-    return figure
-
-
-def _patching_title(found: PatchingMap, table: pd.DataFrame) -> str:
-    best: Any = table.loc[table["effect"].idxmax()]
-    return (
-        f"{found.provenance.title}, {found.name}, {found.direction}, position {best['position']}<br>the largest effect is {best['effect']:.2f} "
-        f"[{best['low']:.2f}, {best['high']:.2f}], {best['site']} at layer {best['layer']} (n = {best['n']} pairs)"
-    )
-
-
-def _siblings_title(found: PatchingMap, first: str, rivals: Sequence[str], per_change: bool) -> str:
-    parts = []
-    for rival in rivals:
-        table = found.compare(first, rival, per_change=per_change)
-        layers, mean = table.iloc[:-1], table.iloc[-1]
-        above, below = (layers[side]["layer"].tolist() for side in (layers["low"] > 0, layers["high"] < 0))
-        where = f"beyond {rival} at layer {', '.join(map(str, above))}" if above else f"beyond {rival} at no layer"
-        behind = f", behind it at {', '.join(map(str, below))}" if below else ""
-        of_mean = f"{mean['difference']:+.3f} [{mean['low']:+.3f}, {mean['high']:+.3f}]"
-        parts.append(f"{first} is {where}{behind} (mean over layers {of_mean})")
-    head = f"{found.provenance.title}, {found.name}, {found.direction}, position {found.positions[0]}"
-    return f"{head}; family-wise 95 %<br>" + "<br>".join(parts)

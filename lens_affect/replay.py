@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lens_affect.adapter import LensModel, add_hooks
+from lens_affect.adapter import LensModel, add_hooks, run_trunk
 from lens_affect.recording import BATCH_TOKENS, Recording, Trunk, last_logits, rows_of_full_pass, slices, unembed
 from lens_affect.sites import Site, resolve_site
 
@@ -33,8 +33,8 @@ KEY_SHARE = 4
 class Outcome(NamedTuple):
     """Some patched runs, for a measure to keep what it wants of them."""
 
-    logits: Float[Tensor, "row vocab"]
-    """At the last real position, float32."""
+    output: Float[Tensor, "row output"]
+    """Logits at the last real position, or what Replay reads there instead of them; float32."""
     texts: Int[Tensor, " row"]
     """The text that each row runs."""
     change: Float[Tensor, " row"]
@@ -172,12 +172,13 @@ class Replay:
         recording: unpatched runs of all texts that are patched or that replacements come from.
         sites: the sites that will be patched; the way is checked for each kind of them.
         edits: ways to make a replacement out of own and source activation, by name.
+        read: a 0-based block whose resid_post is the output, at the last real position, instead of the logits; runs end there.
         batch_tokens: positions that go through a block at once.
 
     Attributes:
         way: `resumed`, or `full` where every patch takes a forward pass through the whole model.
         reason: why the way is `full`; empty otherwise.
-        difference: largest difference of a logit between the two ways in the check; NaN where nothing was compared.
+        difference: largest difference of an output between the two ways in the check; NaN where nothing was compared.
 
     Example:
         >>> replay = Replay(model, recording, sites=["gate"])  # doctest: +SKIP
@@ -191,14 +192,19 @@ class Replay:
         *,
         sites: Sequence[str],
         edits: Mapping[str, Edit] | None = None,
+        read: int | None = None,
         batch_tokens: int = BATCH_TOKENS,
     ) -> None:
         self.model: Any = model
         self.recording = recording
         self.edits: Mapping[str, Edit] = edits or {}
+        self.read = read
         self.batch_tokens = batch_tokens
         self.sites = {name: resolve_site(model, name) for name in sites}
-        self.n_layers = int(self.model.cfg.n_layers)
+        n_layers = int(self.model.cfg.n_layers)
+        if read is not None and not 0 <= read < n_layers:
+            raise ValueError(f"received read={read}; allowed are layers 0 to {n_layers - 1}, or None for the logits")
+        self.top = n_layers if read is None else read + 1  # entry where runs end
         self.way: Literal["resumed", "full"] = "full" if recording.trunk is None else "resumed"
         self.reason = recording.obstacle
         self.difference = float("nan")
@@ -219,7 +225,7 @@ class Replay:
 
         Args:
             patches: any mixture of sites, layers, texts and positions; many at once share the batch.
-            measure: what to keep of an Outcome, e.g. a logit difference; all logits by default.
+            measure: what to keep of an Outcome, e.g. a logit difference; the whole output by default.
             progress: called with (patches done, patches in all).
 
         Returns:
@@ -229,7 +235,7 @@ class Replay:
             ValueError: an unannounced site or edit, a layer, text or position that there is not, or a source that is too short.
         """
         self._check(patches)
-        return self._run(patches, self.way, measure or _all_logits, progress)
+        return self._run(patches, self.way, measure or _whole_output, progress)
 
     def _check(self, patches: Sequence[Patch]) -> None:
         if not patches:
@@ -240,8 +246,8 @@ class Replay:
                 raise ValueError(
                     f"received a patch at {patch.site!r}; allowed are {list(self.sites)}: name every site in Replay(sites=...)"
                 )
-            if not 0 <= patch.layer < self.n_layers:
-                raise ValueError(f"received a patch at layer {patch.layer}; allowed are 0 to {self.n_layers - 1}")
+            if not 0 <= patch.layer < self.top:
+                raise ValueError(f"received a patch at layer {patch.layer}; allowed are 0 to {self.top - 1}")
             if not (0 <= patch.text < len(lengths) and 0 <= patch.source < len(lengths)):
                 raise ValueError(
                     f"received text {patch.text} and source {patch.source}; recorded are texts 0 to {len(lengths) - 1}"
@@ -277,18 +283,18 @@ class Replay:
         done = 0
         with add_hooks(self.model, hooks):
             for rows, n in self._waves(list(slots), way):
-                for i, logits, change in (
+                for i, output, change in (
                     self._climb(rows, n, exchange) if way == "resumed" else self._pass_fully(rows, exchange, changes)
                 ):
-                    part = rows[i : i + len(logits)]
+                    part = rows[i : i + len(output)]
                     of_row = [j for j, row in enumerate(part) for _ in slots[row]]
                     answered = [slot for row in part for slot in slots[row]]
                     # A stream that leaves block l enters block l + 1: the change is the one on entry for the former.
                     at_once = torch.tensor(
-                        [int(patches[slot].site != "resid_post") for slot in answered], device=logits.device
+                        [int(patches[slot].site != "resid_post") for slot in answered], device=output.device
                     )
-                    texts = torch.tensor([part[j].text for j in of_row], device=logits.device)
-                    measured = measure(Outcome(logits[of_row], texts, change[of_row, at_once]))
+                    texts = torch.tensor([part[j].text for j in of_row], device=output.device)
+                    measured = measure(Outcome(output[of_row], texts, change[of_row, at_once]))
                     if found is None:
                         found = measured.new_empty(len(patches), *measured.shape[1:])
                     found[answered] = measured
@@ -337,8 +343,8 @@ class Replay:
 
     def _climb(
         self, rows: list[_Row], n: int, exchange: _Exchange
-    ) -> Iterator[tuple[int, Float[Tensor, "row vocab"], Float[Tensor, "row when"]]]:
-        """Logits and changes of rows, part by part with the number of the first: up through the blocks, each row from its entry on."""
+    ) -> Iterator[tuple[int, Float[Tensor, "row output"], Float[Tensor, "row when"]]]:
+        """Outputs and changes of rows, part by part with the number of the first: up through the blocks, each row from its entry on."""
         trunk = self.recording.trunk
         assert trunk is not None
         device = trunk.stream.device
@@ -349,7 +355,7 @@ class Replay:
         entries = [row.entry for row in rows]
         stream = trunk.stream.new_empty(0, n, trunk.stream.shape[-1])
         change = torch.full((len(rows), 2), torch.nan, device=device)
-        for layer in range(entries[0], self.n_layers + 1):
+        for layer in range(entries[0], self.top + 1):
             old, now = len(stream), bisect_right(entries, layer)
             if now > old:
                 entering = _enter(trunk, rows[old:now], layer, n, patched[old:now], exchange, from_end[old:now])
@@ -357,7 +363,7 @@ class Replay:
                     entering, trunk.stream[layer, texts[old:now], -n:], patched[old:now]
                 )
                 stream = torch.cat([stream, entering])
-            if layer == self.n_layers:
+            if layer == self.top:
                 break
             # The texts that replacements come from pass this block beside the rows that enter here, and are dropped after it.
             sources = sorted({row.source for row in rows[old:now] if row.site})
@@ -375,13 +381,45 @@ class Replay:
             if now > old:
                 base = trunk.stream[layer + 1, texts[old:now], -n:]
                 change[old:now, 1] = _relative_change(stream[old:now], base, patched[old:now])
-        for i, logits in unembed(self.model, stream[:, -1]):
-            yield i, logits, change[i : i + len(logits)]
+        for i, output in self._outputs(stream[:, -1]):
+            yield i, output, change[i : i + len(output)]
+
+    def _outputs(self, stream: Float[Tensor, "row d_model"]) -> Iterator[tuple[int, Float[Tensor, "part output"]]]:
+        """What is read of streams that stand at the top, in parts with the row that each starts at."""
+        return unembed(self.model, stream) if self.read is None else iter([(0, stream.float())])
+
+    def _outputs_of_full_pass(
+        self, tokens: Int[Tensor, "row position"], mask: Int[Tensor, "row position"]
+    ) -> Float[Tensor, "row output"]:
+        """The same from a forward pass through the whole model, under whatever hooks are on it."""
+        if self.read is None:
+            return last_logits(self.model, tokens, mask)
+        found: list[Tensor] = []
+        rows, last = torch.arange(len(tokens), device=tokens.device), mask.sum(1) - 1
+
+        def keep(stream: Tensor, hook: Any) -> None:
+            found.append(stream[rows, last].float())
+
+        with add_hooks(self.model, [(resolve_site(self.model, "resid_post").at(self.read), keep)]):
+            run_trunk(self.model, tokens, mask)
+        return found[0]
+
+    @torch.no_grad()
+    def unpatched(self) -> Float[Tensor, "text output"]:
+        """Outputs of the recorded texts as they are, float32."""
+        recording = self.recording
+        if self.read is None:
+            return recording.logits
+        if recording.trunk is not None:
+            return recording.trunk.stream[self.top, :, -1].float()
+        at_once = rows_of_full_pass(self.model, recording.tokens.shape[1], self.batch_tokens)
+        parts = slices(len(recording.tokens), at_once)
+        return torch.cat([self._outputs_of_full_pass(recording.tokens[rows], recording.mask[rows]) for rows in parts])
 
     def _pass_fully(
         self, rows: list[_Row], exchange: _Exchange, changes: "_Changes"
-    ) -> Iterator[tuple[int, Float[Tensor, "row vocab"], Float[Tensor, "row when"]]]:
-        """Logits and changes of rows by one forward pass through the whole model, their texts and sources beside them."""
+    ) -> Iterator[tuple[int, Float[Tensor, "row output"], Float[Tensor, "row when"]]]:
+        """Outputs and changes of rows by one forward pass through the whole model, their texts and sources beside them."""
         beside = sorted({t for row in rows for t in (row.text, row.source)})
         batch = [row.text for row in rows] + beside
         lengths = self.recording.lengths[batch]
@@ -392,28 +430,28 @@ class Replay:
         shift = self.recording.lengths[[row.source for row in rows]] - lengths[: len(rows)]
         exchange.plan(rows, 0, places, from_end, (columns + shift[:, None]).clamp(0, width - 1))
         changes.expect(rows, places, _patched(rows, from_end))
-        logits = last_logits(self.model, self.recording.tokens[batch, :width], self.recording.mask[batch, :width])
-        yield 0, logits[: len(rows)], changes.found[:, None].expand(-1, 2)
+        output = self._outputs_of_full_pass(self.recording.tokens[batch, :width], self.recording.mask[batch, :width])
+        yield 0, output[: len(rows)], changes.found[:, None].expand(-1, 2)
 
     @torch.no_grad()
     def _verify(self) -> None:
         """Compare both ways at each kind of layer and site, for the longest and the shortest text."""
         patches = self._samples()
         texts = sorted({patch.text for patch in patches})
-        own = last_logits(self.model, self.recording.tokens[texts], self.recording.mask[texts])
-        full = self._run(patches, "full", _all_logits)
+        own = self._outputs_of_full_pass(self.recording.tokens[texts], self.recording.mask[texts])
+        full = self._run(patches, "full", _whole_output)
         try:
-            resumed = self._run(patches, "resumed", _all_logits)
+            resumed = self._run(patches, "resumed", _whole_output)
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             self._give_up(f"resuming its blocks failed: {error}")
             return
-        unpatched = (own - self.recording.logits[texts]).abs().max()
+        unpatched = (own - self.unpatched()[texts]).abs().max()
         self.difference = float(torch.maximum((full - resumed).abs().max(), unpatched))
         allowed = tolerance(full, next(self.model.parameters()).dtype)
         if not self.difference <= allowed:
-            self._give_up(f"resumed logits differ from a full pass by {self.difference:.2g}; allowed is {allowed:.2g}")
+            self._give_up(f"resumed outputs differ from a full pass by {self.difference:.2g}; allowed is {allowed:.2g}")
 
     def _give_up(self, reason: str) -> None:
         self.way, self.reason = "full", reason
@@ -423,8 +461,8 @@ class Replay:
         trunk = self.recording.trunk
         assert trunk is not None
         lengths = self.recording.lengths.tolist()
-        kinds = {id(arguments): layer for layer, arguments in enumerate(trunk.arguments)}
-        layers = sorted({0, self.n_layers - 1, *kinds.values()})
+        kinds = {id(arguments): layer for layer, arguments in enumerate(trunk.arguments[: self.top])}
+        layers = sorted({0, self.top - 1, *kinds.values()})
         sites = {_family(site): site for site in self.sites}.values()
         by_length = sorted(range(len(lengths)), key=lambda text: (lengths[text], text))
         samples = []
@@ -440,8 +478,8 @@ class Replay:
         return samples
 
 
-def _all_logits(outcome: Outcome) -> Tensor:
-    return outcome.logits
+def _whole_output(outcome: Outcome) -> Tensor:
+    return outcome.output
 
 
 class _Changes:
@@ -480,9 +518,9 @@ def _relative_change(
     return torch.where(patched, relative, 0.0).sum(1) / patched.sum(1)
 
 
-def tolerance(logits: Float[Tensor, "*row vocab"], dtype: torch.dtype) -> float:
-    """Difference of logits that rounding explains: in float32 2e-4 or 1e-5 of the largest logit, else eight units of rounding."""
-    largest = float(logits.abs().max())
+def tolerance(output: Float[Tensor, "*row output"], dtype: torch.dtype) -> float:
+    """Difference of outputs that rounding explains: in float32 2e-4 or 1e-5 of the largest, else eight units of rounding."""
+    largest = float(output.abs().max())
     return (
         max(2e-4, 1e-5 * largest) if dtype in (torch.float32, torch.float64) else 8 * torch.finfo(dtype).eps * largest
     )

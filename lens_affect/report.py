@@ -1,5 +1,6 @@
 """A sweep in, one offline HTML page out: no address is loaded from anywhere, and every text is escaped."""
 
+import html
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lens_affect.plotting import (
     plot_similarity,
     plot_valence_arousal,
 )
+from lens_affect.plotting_patching import plot_patching, plot_positions, plot_siblings
 from lens_affect.results import write_text_atomically
 from lens_affect.scorecard import make_scorecard
 from lens_affect.scores import SCORES
@@ -83,6 +85,7 @@ def write_report(sweep: Sweep, path: str | Path | None = None) -> Path:
         _emotions(sweep),
         _geometry(sweep),
         _reliability(sweep),
+        _patching(sweep),
         _texts(sweep),
         _provenance(first),
     ]
@@ -219,6 +222,28 @@ def _reliability(sweep: Sweep) -> dict[str, Any]:
         ],
         "figures": [_html(plot_reliability(list(sweep.vectors.values())))],
     }
+
+
+def _patching(sweep: Sweep) -> dict[str, Any]:
+    maps = sweep.maps
+    if not maps:
+        return {}
+    texts = [
+        "A site's activation is taken from one text of a pair and put into the other. An effect of 0 moves nothing, 1 everything that the two texts "
+        "differ in; a random donor is a random direction as long as the difference. Sites are nested: mlp_out holds what gate and up can move."
+    ]
+    figures, tables = [], []
+    for name, found in maps.items():
+        texts.append(f"{name}: {str(found).replace(chr(10), '. ')}.")
+        if len(found.positions) == 1:
+            siblings = [s for s in ("gate", "up", "attn_out", "mlp_out") if s in found.sites] or list(found.sites[:4])
+            figures += [_html(plot_siblings(found, sites=siblings, per_change=p)) for p in (False, True)]
+            figures.append(_html(plot_patching(found)))
+        else:
+            figures += [_html(plot_positions(found, site)) for site in found.sites[:4]]
+        table = found.to_frame().round(4).to_html(index=False, border=0, escape=True)
+        tables.append(f"<details><summary>All numbers of {html.escape(name)}</summary>{table}</details>")
+    return {"title": "Which site carries it: activation patching", "texts": texts, "figures": figures, "tables": tables}
 
 
 def _texts(sweep: Sweep) -> dict[str, Any]:

@@ -17,10 +17,12 @@ from scipy import stats
 
 from lens_affect.activations import Activations
 from lens_affect.catalogue import CATALOGUE
+from lens_affect.effects import mann_whitney, paired_tests
 from lens_affect.localization import LocalizationCurve, localize
+from lens_affect.reported import check_effect_size
 from lens_affect.results import Provenance, load_result, save_result
 from lens_affect.shapes import CurveShape
-from lens_affect.statistics import Interval, adjust_p, check_effect_size, mann_whitney, mean_interval, paired_tests
+from lens_affect.statistics import Interval, adjust_p, mean_interval
 from lens_affect.stimuli import NEUTRAL
 from lens_affect.sweeps import Sweep
 

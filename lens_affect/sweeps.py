@@ -21,6 +21,7 @@ from lens_affect.comparison import MethodComparison, compare_methods
 from lens_affect.lexical import LexicalBar, lexical_bar
 from lens_affect.localization import LocalizationCurve, localize
 from lens_affect.nulls import p_text
+from lens_affect.patching import PatchingMap
 from lens_affect.results import Stopwatch, content_hash, load_result, save_result, write_text_atomically
 from lens_affect.scores import SCORES
 from lens_affect.stimuli import EMOTIONS, NEUTRAL, Stimuli, load_stimuli
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 Method = Literal["comprehension", "generation"]
 SPEC = "spec.json"
+MAPS = "patching"
+"""Folder of a run that holds patching maps."""
 
 
 class SweepSpec(BaseModel):
@@ -170,6 +173,12 @@ class Sweep:
         if method not in self.stimuli:
             raise ValueError(f"received method {method!r}; this run has {list(self.stimuli)}")
         return Activations.load(self.folder / "steps" / f"activations-{method}")
+
+    @property
+    def maps(self) -> dict[str, PatchingMap]:
+        """Patching maps that were added to the run (`lens-affect patch MODEL --run FOLDER`), by name."""
+        found = sorted((self.folder / MAPS).glob("*/manifest.json"))
+        return {manifest.parent.name: PatchingMap.load(manifest.parent) for manifest in found}
 
     def to_frame(self) -> pd.DataFrame:
         """All curves in long form with columns method and score in front."""

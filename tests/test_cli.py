@@ -198,7 +198,7 @@ def test_a_text_is_explained_with_saved_vectors_or_with_our_passages(model_folde
     assert "received layer 3; allowed are 0 to 2" in other.stderr
 
 
-def test_patch_prints_the_headline_and_saves_map_table_and_figure(model_folder, tmp_path):
+def test_patch_prints_the_headline_and_saves_map_table_and_figure(model_folder, finished, tmp_path):
     table = "clean,corrupted,clean_words,corrupted_words,group\n"
     table += "".join(
         f"{p}the {t} was a,{p}the {t} was b,x,y,{t}\n" for t in ("train", "garden", "market") for p in ("", "so ")
@@ -207,7 +207,7 @@ def test_patch_prints_the_headline_and_saves_map_table_and_figure(model_folder, 
     command = ["patch", model_folder, "--pairs", str(tmp_path / "mine.csv"), "--sites", "gate,up", "--quiet"]
     done = runner.invoke(app, [*command, "--out", str(tmp_path / "map")])
     assert done.exit_code == 0, done.output
-    assert "mine: denoise by logit_difference, 6 pairs in 3 groups" in done.stdout.replace("\n", " ")
+    assert "mine: denoise by logit difference, 6 pairs in 3 groups" in done.stdout.replace("\n", " ")
     assert (tmp_path / "map" / "map.csv").is_file()
     assert Path(done.stdout.strip().splitlines()[-1].removeprefix("Figure: ")).is_file()
     again = runner.invoke(app, [*command, "--out", str(tmp_path / "map")])
@@ -215,6 +215,16 @@ def test_patch_prints_the_headline_and_saves_map_table_and_figure(model_folder, 
     assert "which is there already" in again.stderr
     found = runner.invoke(app, [*command, "--out", str(tmp_path / "other"), "--json", "--positions", "last"])
     assert {row["site"] for row in json.loads(found.stdout)} == {"gate", "up"}
+    page = Path(finished) / "report.html"
+    before = page.read_text() if page.is_file() else ""
+    kept = runner.invoke(app, [*command, "--run", finished])
+    assert kept.exit_code == 0, kept.output
+    assert "mine-all" in load_sweep(finished).maps
+    assert "activation patching" in page.read_text()
+    assert "activation patching" not in before
+    unknown = runner.invoke(app, [*command, "--metric", "projection", "--run", finished])
+    assert unknown.exit_code == 2
+    assert "for which there is no vector" in unknown.stderr
     wrong = runner.invoke(
         app, ["patch", model_folder, "--sites", "mlp.hook_pre", "--out", str(tmp_path / "x"), "--quiet"]
     )

@@ -105,3 +105,21 @@ def test_each_contrast_of_our_affect_pairs_has_each_side_clean_once_in_every_top
     assert all((b, a, g) in cells for a, b, g in cells)
     assert len(cells) == 7 * 2 * 12
     assert {e for pair in cells for e in pair[:2]} <= set(EMOTIONS)
+
+
+@pytest.mark.parametrize(("kind", "n"), [("affect", 48), ("affect", 30), ("number", 24), ("tense", 24)])
+def test_a_sample_takes_as_many_of_each_topic_and_of_each_side(kind, n):
+    sample = load_pairs(kind).sample(n)
+    assert len(sample) == n == len(set(sample.clean))
+    topics, sides = Counter(sample.groups), Counter(zip(sample.clean_emotions, sample.corrupted_emotions, strict=True))
+    assert max(topics.values()) - min(topics.values()) <= 1
+    assert len(topics) == 12
+    exchanged = [sides[a, b] - sides[b, a] for a, b in sides]
+    assert max(map(abs, exchanged)) <= 2
+    assert sample.hash == load_pairs(kind).sample(n).hash
+    assert sample.hash != load_pairs(kind).sample(n, seed=1).hash
+
+
+def test_a_sample_of_more_than_there_are_is_refused():
+    with pytest.raises(ValueError, match="received n=85; allowed are 1 to 84 pairs"):
+        load_pairs("number").sample(85)

@@ -14,10 +14,13 @@ TOPICS = ("train", "garden", "school", "market")
 CONTRASTS = (("happy", "sad"), ("calm", "afraid"), ("happy", "angry"))
 
 
-def make_pairs() -> ContrastPairs:
-    """Three contrasts in each of four topics; the texts differ in one letter, and lengths differ between pairs."""
+def make_pairs(*, tails: bool = False) -> ContrastPairs:
+    """Three contrasts in each of four topics; the texts differ in one letter, and lengths differ between pairs.
+
+    With tails the texts go on for 1 to 3 words behind that letter, so that several positions can be patched.
+    """
     rows = [
-        (f"{'so ' * (k + i)}the {topic} was a", f"{'so ' * (k + i)}the {topic} was b", a, b, topic)
+        tuple(f"{'so ' * (k + i)}the {topic} was {x}{' so' * (k + 1) * tails}" for x in "ab") + (a, b, topic)
         for i, topic in enumerate(TOPICS)
         for k, (a, b) in enumerate(CONTRASTS)
     ]

@@ -7,13 +7,15 @@ import pytest
 import torch
 from scipy import stats
 
-from lens_affect.adapter import run_logits
+from lens_affect.adapter import add_hooks, model_info, run_logits
 from lens_affect.contrasts import ContrastPairs
 from lens_affect.matching import match_pairs
 from lens_affect.models import load_model
 from lens_affect.patching import SAME, PatchingMap, patch_sites
 from lens_affect.results import Provenance
+from lens_affect.sites import resolve_site
 from lens_affect.statistics import jackknife_interval, mean_interval
+from lens_affect.vectors import EmotionVectors
 from tests.test_donors import make_pairs
 from tests.tiny import DENSE, make_hf_model, make_tokenizer
 
@@ -22,7 +24,8 @@ NESTED = ("attn_out", "z", "o", "mlp_out", "act", "down")
 
 @pytest.mark.parametrize("family", DENSE)
 def test_patching_everything_restores_the_target_and_patching_itself_nothing(tiny_model, family):
-    found = patch_sites(tiny_model(family), make_pairs(), sites=["resid_post"], controls=["self"])
+    pairs = make_pairs(tails=True)
+    found = patch_sites(tiny_model(family), pairs, sites=["resid_post"], controls=["self"])
     last = found.to_frame().query("layer == 2")
     assert last["effect"].item() == pytest.approx(1, abs=1e-4)
     assert float((found.effect_raw[:, 0, -1, 0] - found.gap).abs().max()) < 1e-4
@@ -36,12 +39,13 @@ def test_patching_everything_restores_the_target_and_patching_itself_nothing(tin
 def test_nested_sites_carry_the_same_patch_also_with_post_norms(tiny_model, family, positions):
     model = tiny_model(family)
     alone = {
-        site: patch_sites(model, make_pairs(), sites=[site], positions=positions, controls=["topic"]) for site in NESTED
+        site: patch_sites(model, make_pairs(tails=True), sites=[site], positions=positions, controls=["topic"])
+        for site in NESTED
     }
     for site, same in SAME.items():
         torch.testing.assert_close(alone[site].effect_raw, alone[same].effect_raw, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(alone[site].change, alone[same].change, rtol=1e-4, atol=1e-5)
-    together = patch_sites(model, make_pairs(), sites=NESTED, positions=positions, controls=["topic"])
+    together = patch_sites(model, make_pairs(tails=True), sites=NESTED, positions=positions, controls=["topic"])
     for i, site in enumerate(NESTED):
         torch.testing.assert_close(together.effect_raw[:, i], alone[site].effect_raw[:, 0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(
@@ -50,18 +54,19 @@ def test_nested_sites_carry_the_same_patch_also_with_post_norms(tiny_model, fami
 
 
 def test_each_position_by_itself_is_labelled_from_the_end_and_the_last_is_last(tiny_model):
-    model, pairs = tiny_model("llama"), make_pairs()
+    model, pairs = tiny_model("llama"), make_pairs(tails=True)
     each = patch_sites(model, pairs, sites=["gate", "v"], positions="each", controls=[])
     last = patch_sites(model, pairs, sites=["gate", "v"], positions="last", controls=[])
     matched = match_pairs(model, pairs)
     spans = matched.last - matched.first + 1
+    assert int(spans.max()) == 4
     assert each.positions == tuple(str(-k) for k in range(int(spans.max()), 0, -1))
     torch.testing.assert_close(each.effect_raw[..., -1], last.effect_raw[..., 0])
     assert each.effect_raw.isfinite().sum((1, 2, 3)).tolist() == (spans * 2 * 3).tolist()
 
 
 def test_noise_is_denoise_of_the_exchanged_pairs(tiny_model):
-    model, pairs = tiny_model("qwen2"), make_pairs()
+    model, pairs = tiny_model("qwen2"), make_pairs(tails=True)
     exchanged = replace(
         pairs,
         clean=pairs.corrupted,
@@ -92,6 +97,88 @@ def test_kl_is_the_divergence_from_the_target_run(tiny_model):
     table = found.to_frame().set_index(["site", "layer"])
     assert table.loc[("resid_post", 2), "effect"] == pytest.approx(1, abs=1e-4)
     assert table.loc[("gate", 1), "effect"] < 1  # 1 - KL(patched) / KL(start)
+
+
+def vectors_of(model, emotions=("calm", "afraid", "sad", "happy"), layers=None):
+    """Random unit vectors with the model's name on them."""
+    layers = tuple(range(model.cfg.n_layers)) if layers is None else layers
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(len(emotions), len(layers), model.cfg.d_model, generator=generator)
+    return EmotionVectors(
+        directions=torch.nn.functional.normalize(directions, dim=-1),
+        raw_norms=torch.ones(len(emotions), len(layers)),
+        reference=torch.zeros(len(layers), model.cfg.d_model),
+        reliability=torch.ones(len(emotions), len(layers)),
+        emotions=tuple(emotions),
+        layers=layers,
+        site="resid_post",
+        n_layers=model.cfg.n_layers,
+        n_texts=8,
+        baseline="grand_mean",
+        pooling="mean",
+        source="planted",
+        provenance=model_info(model).provenance,
+    )
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("family", ["gemma3", "llama"])
+def test_the_projection_is_read_at_a_later_layer(tiny_model, family, direction):
+    model = tiny_model(family)
+    pairs = make_pairs(tails=True)
+    vectors = vectors_of(model, sorted({*pairs.clean_emotions, *pairs.corrupted_emotions}))
+    found = patch_sites(
+        model,
+        pairs,
+        sites=["resid_post", "up"],
+        metric="projection",
+        vectors=vectors,
+        read_layer=1,
+        direction=direction,
+        controls=["self"],
+    )
+    assert found.layers == (0, 1)
+    matched = match_pairs(model, pairs)
+    ends = []
+    with add_hooks(model, [(resolve_site(model, "resid_post").at(1), lambda x, hook: ends.append(x))]):
+        for tokens in (matched.clean, matched.corrupted):
+            run_logits(model, tokens, matched.mask)
+    clean, corrupted = (x[torch.arange(len(matched)), matched.last] for x in ends)
+    axis = torch.stack(
+        [
+            vectors.vector(a, 1) - vectors.vector(b, 1)
+            for a, b in zip(pairs.clean_emotions, pairs.corrupted_emotions, strict=True)
+        ]
+    )
+    gap = ((clean - corrupted) * axis).sum(-1)
+    torch.testing.assert_close(found.gap, gap, rtol=1e-4, atol=1e-5)
+    # resid_post of the layer that is read: everything that there is to move
+    torch.testing.assert_close(found.effect_raw[:, 0, 1, 0], gap, rtol=1e-4, atol=1e-4)
+    assert float((found.effect_raw[:, 1, 0, 0]).abs().max()) > 0.001
+    assert float(found.controls["self"].abs().max()) < 1e-5
+    assert "by projection at layer 1" in str(found)
+    assert "units of the residual stream" in str(found)
+
+
+def test_a_projection_without_vectors_that_fit_is_refused(tiny_model):
+    model, pairs = tiny_model("llama"), make_pairs()
+    emotions = sorted({*pairs.clean_emotions, *pairs.corrupted_emotions})
+    vectors = vectors_of(model, emotions)
+    asked = {"sites": ["gate"], "metric": "projection"}
+    with pytest.raises(ValueError, match="received metric='projection' without vectors"):
+        patch_sites(model, pairs, **asked)
+    with pytest.raises(ValueError, match="they belong to metric='projection'"):
+        patch_sites(model, pairs, sites=["gate"], vectors=vectors)
+    with pytest.raises(ValueError, match=r"received read_layer=7; there are vectors for layers \[0, 1, 2\]"):
+        patch_sites(model, pairs, vectors=vectors, read_layer=7, **asked)
+    with pytest.raises(ValueError, match="for which there is no vector"):
+        patch_sites(model, pairs, vectors=vectors_of(model, ["proud", "bored"]), **asked)
+    with pytest.raises(ValueError, match=r"received layers \[2\]; allowed are different ones of 0 to 1"):
+        patch_sites(model, pairs, vectors=vectors, read_layer=1, layers=[2], **asked)
+    with pytest.raises(ValueError, match="vectors were made with"):
+        patch_sites(tiny_model("qwen2"), pairs, vectors=vectors, **asked)
+    with pytest.raises(ValueError, match="read at mlp_out"):
+        patch_sites(model, pairs, vectors=replace(vectors, site="mlp_out"), **asked)
 
 
 def planted_neuron(neuron: int = 7, layer: int = 1):
@@ -157,6 +244,7 @@ def synthetic(effects, *, n_topics=12, per_topic=4, noise=0.3, seed=0, random=0.
         positions=("all",),
         groups=groups,
         metric="logit_difference",
+        read_layer=None,
         direction="denoise",
         n_layers=n_layers,
         dropped={},
@@ -246,7 +334,7 @@ def test_a_map_comes_back_from_disk_and_shows_itself(tiny_model, tmp_path):
     assert {"site", "layer", "position", "effect", "low", "high", "random", "p_family", "n"} <= set(found.to_frame())
     assert found.layers == (0, 2)
     assert found.provenance.stimuli_hash == make_pairs().hash
-    assert found.way.startswith("resumed: largest difference of a logit")
+    assert found.way.startswith("resumed: largest difference of an output")
     assert "<table" in found._repr_html_()
     assert len(str(found).splitlines()) <= 5
 

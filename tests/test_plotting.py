@@ -1,11 +1,6 @@
 """Figures: what is drawn is what was computed; titles state it; colours tell emotions apart."""
 
-import json
-from pathlib import Path
-
 import numpy as np
-import pandas as pd
-import plotly.graph_objects as go
 import pytest
 import torch
 
@@ -15,25 +10,18 @@ from lens_affect.axes import valence_arousal
 from lens_affect.comparison import compare_cells
 from lens_affect.localization import localize
 from lens_affect.plotting import (
-    EMOTION_COLOURS,
-    EMOTION_MARKERS,
-    QUADRANT_COLOURS,
     plot_anisotropy,
     plot_curves,
     plot_emotions,
     plot_methods,
-    plot_patching,
     plot_reliability,
-    plot_siblings,
     plot_similarity,
     plot_valence_arousal,
-    save_figure,
 )
 from lens_affect.results import Provenance
 from lens_affect.stimuli import EMOTIONS
 from lens_affect.vectors import fit_vectors
 from tests.test_comparison import cells
-from tests.test_patching import synthetic
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +89,6 @@ def test_curves_of_different_scores_are_refused(curve, planted):
 def test_no_null_is_drawn_where_none_was_computed(planted):
     figure = plot_curves(localize(planted, n_permutations=0))
     assert not [t for t in figure.data if t.name and "shuffled" in t.name]
-
-
-def test_every_emotion_has_its_own_look_and_every_quadrant_one_colour():
-    assert len({(EMOTION_COLOURS[e], EMOTION_MARKERS[e]) for e in EMOTIONS}) == len(EMOTIONS)
-    assert {EMOTION_COLOURS[e] for e in EMOTIONS} == set(QUADRANT_COLOURS.values())
 
 
 def test_the_planted_valence_axis_is_found_and_stated(planted):
@@ -181,55 +164,3 @@ def test_anisotropy_is_drawn_with_its_interval(tiny_model):
     np.testing.assert_allclose(band[:4], found.table["low"])
     np.testing.assert_allclose(band[4:], found.table["high"][::-1])
     assert "neutral sentences lie within a cosine of" in figure.layout.title.text
-
-
-def test_a_saved_figure_has_its_page_and_its_numbers(comparison, tmp_path, monkeypatch):
-    monkeypatch.setattr(go.Figure, "write_image", lambda self, path, **k: Path(path).write_bytes(b"png"))
-    page = save_figure(plot_methods(comparison), tmp_path / "f" / "methods", comparison)
-    assert page.is_file()
-    assert (tmp_path / "f" / "plotly.min.js").is_file()
-    assert (tmp_path / "f" / "methods.png").is_file()
-    numbers = json.loads((tmp_path / "f" / "methods.json").read_text())
-    assert numbers[0]["provenance"]["model"] == "planted"
-    table = pd.DataFrame(**{k: numbers[0]["table"][k] for k in ("columns", "data")})
-    assert table["value"].tolist() == pytest.approx(comparison.table["value"].tolist())
-
-
-def test_without_a_browser_the_page_is_there_and_the_log_says_what_to_do(comparison, tmp_path, monkeypatch, caplog):
-    def fail(self, path, **k):
-        raise RuntimeError("no Chrome")
-
-    monkeypatch.setattr(go.Figure, "write_image", fail)
-    assert save_figure(plot_methods(comparison), tmp_path / "methods", comparison).is_file()
-    assert "install the group `figures`" in caplog.text
-
-
-def test_a_patching_map_is_drawn_with_what_is_beyond_a_random_donor():
-    found = synthetic([[0.0, 0.4, 0.0], [0.0, 0.0, 0.0]])
-    figure = plot_patching(found)
-    np.testing.assert_allclose(np.array(figure.data[0].z, float), found.normalized()[0][:, :, 0])
-    assert list(zip(figure.data[1].x, figure.data[1].y, strict=True)) == [(1, "gate")]
-    assert "gate at layer 1" in figure.layout.title.text
-    assert figure.data[0].zmin == -figure.data[0].zmax
-    with pytest.raises(ValueError, match=r"received position '-3'; this map has \['all'\]"):
-        plot_patching(found, position="-3")
-
-
-def test_siblings_are_drawn_with_interval_and_random_donor_and_the_title_says_where_they_differ():
-    found = synthetic([[0.0, 0.4, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    figure = plot_siblings(found, sites=("gate", "up"))
-    lines = {d.name: d for d in figure.data if d.name in ("gate", "up", "gate, random donor")}
-    np.testing.assert_allclose(np.array(lines["gate"].y, float), found.normalized()[0][0, :, 0])
-    np.testing.assert_allclose(np.array(lines["gate"].x, float), [1 / 3, 2 / 3, 1])
-    np.testing.assert_allclose(
-        np.array(lines["gate, random donor"].y, float), found.normalized(donor="random")[0][0, :, 0]
-    )
-    assert "gate is beyond up at layer 1 (mean over layers" in figure.layout.title.text
-    turned = plot_siblings(found, sites=("up", "gate", "attn_out")).layout.title.text
-    assert "up is beyond attn_out at no layer" in turned
-    assert "gate is beyond" not in turned
-    assert (
-        "up is beyond gate at no layer, behind it at 1" in plot_siblings(found, sites=("up", "gate")).layout.title.text
-    )
-    with pytest.raises(ValueError, match="one figure shows patched sites"):
-        plot_siblings(found, sites=("gate", "q"))

@@ -94,8 +94,8 @@ def available(model) -> list[str]:
     return found
 
 
-def plainly(model, recording: Recording, patch: Patch) -> torch.Tensor:
-    """The patched text's last logits by definition: two forward passes of one unpadded text, with one hook each."""
+def plainly(model, recording: Recording, patch: Patch, *, read: int | None = None) -> torch.Tensor:
+    """The patched text's last logits, or its last resid_post at a layer, by definition: two passes of one unpadded text, with one hook each."""
     length = int(recording.lengths[patch.text])
     name = resolve_site(model, patch.site).at(patch.layer)
     text, source = (recording.tokens[row : row + 1, :length] for row in (patch.text, patch.source))
@@ -108,8 +108,13 @@ def plainly(model, recording: Recording, patch: Patch) -> torch.Tensor:
         changed[:, patch.first : patch.last + 1] = kept[0][:, patch.first : patch.last + 1]
         return changed
 
-    with add_hooks(model, [(name, replace)]):
-        return run_logits(model, text, torch.ones_like(text))[0, -1]
+    seen = []
+    after = (
+        [] if read is None else [(resolve_site(model, "resid_post").at(read), lambda x, hook: seen.append(x[0, -1]))]
+    )
+    with add_hooks(model, [(name, replace), *after]):
+        logits = run_logits(model, text, torch.ones_like(text))[0, -1]
+    return logits if read is None else seen[0]
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -133,6 +138,35 @@ def test_every_site_layer_and_position_gives_the_logits_of_a_full_pass_with_plai
     assert_close(found, torch.stack([plainly(model, recording, patch) for patch in patches]))
     moved = (found - recording.logits[[patch.text for patch in patches]]).abs().amax(1)
     assert float((moved > 0.01).float().mean()) > 0.5
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "gemma3-global", "llama", "qwen2-sliding"])
+def test_the_stream_of_a_layer_is_read_as_a_full_pass_with_plain_hooks_shows_it(model_of, family):
+    model = model_of(family)
+    recording = record(model, *make_pairs())
+    sites = ["attn_out", "v", "mlp_out", "resid_mid", "resid_pre", "resid_post"]
+    replay = Replay(model, recording, sites=sites, read=1)
+    assert replay.way == "resumed", replay.reason
+    patches = (denoise(sites, [0, 1], "all") + denoise(sites, [0, 1], "last"))[::5]
+    seen = []
+
+    def keep(stream, hook):
+        seen.append(stream[0, -1].clone())
+
+    with add_hooks(model, [(resolve_site(model, "resid_post").at(1), keep)]):
+        for text, length in zip(recording.tokens, recording.lengths.tolist(), strict=True):
+            run_logits(model, text[None, :length], torch.ones(1, length, dtype=torch.long))
+    assert_close(replay.unpatched(), torch.stack(seen))
+    found = replay.run(patches)
+    expected = torch.stack([plainly(model, recording, patch, read=1) for patch in patches])
+    assert_close(found, expected)
+    assert float((found - replay.unpatched()[[p.text for p in patches]]).abs().max()) > 0.01
+    replay.way = "full"
+    assert_close(replay.run(patches), expected)
+    with pytest.raises(ValueError, match="received a patch at layer 2; allowed are 0 to 1"):
+        replay.run([patches[0]._replace(layer=2)])
+    with pytest.raises(ValueError, match=r"received read=9; allowed are layers 0 to"):
+        Replay(model, recording, sites=sites, read=9)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "llama"])
@@ -213,7 +247,7 @@ def test_what_is_measured_is_kept_for_every_patch_in_its_order(model_of):
     seen = []
     kept = replay.run(
         patches,
-        measure=lambda o: torch.stack([o.logits[:, 7], o.texts.float()], 1),
+        measure=lambda o: torch.stack([o.output[:, 7], o.texts.float()], 1),
         progress=lambda done, total: seen.append((done, total)),
     )
     assert kept.shape == (len(patches), 2)
@@ -232,7 +266,7 @@ def test_the_host_library_gives_the_same_effects(model_of):
         model, tokens[2:], cache, lambda logits: logits[:, -1, 7], patching.layer_pos_patch_setter, "pre", ("layer", "pos"), reduce="none"
     ).values  # fmt: skip
     patches = [Patch("gate", layer, i + 2, i, p, p) for layer in range(3) for p in range(20) for i in range(2)]
-    found = Replay(model, recording, sites=["gate"]).run(patches, measure=lambda o: o.logits[:, 7])
+    found = Replay(model, recording, sites=["gate"]).run(patches, measure=lambda o: o.output[:, 7])
     assert_close(found.reshape(3, 20, 2), host)
 
 

@@ -1,15 +1,20 @@
 """The report: one offline page with every headline, and nothing a text could smuggle in."""
 
 import dataclasses
+import html
 import re
+import shutil
 
 import pytest
 
 from lens_affect.comparison import compare_cells
+from lens_affect.models import load_model
+from lens_affect.patching import patch_sites
 from lens_affect.report import write_report
 from lens_affect.scorecard import make_scorecard
-from lens_affect.sweeps import make_spec, run_sweep
+from lens_affect.sweeps import MAPS, make_spec, run_sweep
 from tests.test_comparison import cells
+from tests.test_donors import make_pairs
 from tests.test_sweeps import SMALL
 from tests.tiny import make_hf_model, make_tokenizer
 
@@ -72,3 +77,24 @@ def test_a_comparison_of_methods_is_on_the_page_when_there_is_one(sweep, tmp_pat
     ).read_text()
     assert "one changed at a time" in page
     assert "accuracy is carried by pooling" in page
+
+
+def test_patching_maps_of_the_run_get_a_section(sweep, page, tmp_path):
+    assert "activation patching" not in page
+    model = load_model(sweep.spec.model)
+    pairs = make_pairs(tails=True)
+    shutil.copytree(sweep.folder, tmp_path / "run")
+    copied = dataclasses.replace(sweep, folder=tmp_path / "run")
+    last = patch_sites(model, pairs, sites=["gate", "up", "attn_out", "mlp_out"], positions="last")
+    each = patch_sites(model, pairs, sites=["gate", "v"], positions="each", controls=[])
+    last.save(copied.folder / MAPS / "our-last")
+    each.save(copied.folder / MAPS / "our-each")
+    assert list(copied.maps) == ["our-each", "our-last"]
+    with_maps = write_report(copied).read_text()
+    section = with_maps[with_maps.index("Which site carries it: activation patching") :]
+    assert str(last).splitlines()[0] in html.unescape(section)
+    assert "our-last" in section
+    assert "effect per relative change of resid_post" in section
+    assert "position, counted from the end" in section
+    assert section.count("All numbers of") == 2
+    assert not re.findall(r"<(?:script|img|link|iframe)[^>]+(?:src|href)=", with_maps)

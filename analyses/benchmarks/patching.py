@@ -95,7 +95,7 @@ class Case:
 
     def replay(self, replay: Replay) -> torch.Tensor:
         good, bad = self.answers
-        return replay.run(self.patches, measure=lambda o: o.logits[:, good] - o.logits[:, bad])
+        return replay.run(self.patches, measure=lambda o: o.output[:, good] - o.output[:, bad])
 
     def host(self, pairs: list[int], cells: list[tuple[int, int]], kept: list | None = None) -> None:
         """Patch cells (layer, position) with the host library; in the modes `last` and `all` the position is of no account."""
