@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lens_affect.activations import Activations, extract_activations
 from lens_affect.anisotropy import Anisotropy, measure_anisotropy
 from lens_affect.comparison import MethodComparison, compare_methods
+from lens_affect.designs import draw_labellings, make_design
 from lens_affect.lexical import LexicalBar, lexical_bar
 from lens_affect.localization import LocalizationCurve, localize
 from lens_affect.nulls import p_text
@@ -80,7 +81,7 @@ def make_spec(**settings: Any) -> SweepSpec:
     """A spec from settings, checked before any long work starts.
 
     Raises:
-        ValueError: an unknown key, emotion or score, or a number out of range.
+        ValueError: an unknown key, emotion or score, a number out of range, or texts that allow no null or no held-out topics.
     """
     try:
         spec = SweepSpec(**settings)
@@ -97,8 +98,30 @@ def make_spec(**settings: Any) -> SweepSpec:
     unknown = [s for s in spec.scores if s not in SCORES]
     if unknown:
         raise ValueError(f"received scores {unknown}; allowed are {list(SCORES)}")
-    _load_selected(spec)  # names unknown emotions, missing columns and unreadable files now
+    texts = _load_selected(spec)  # names unknown emotions, missing columns and unreadable files now
+    if "comprehension" in spec.methods:
+        _require_design(texts, spec.seed, spec.n_permutations, f"the stimuli {spec.stimuli!r}")
+    if "generation" in spec.methods:
+        _require_design(_planned_stories(spec), spec.seed, spec.n_permutations, f"n_stories={spec.n_stories}")
     return spec
+
+
+def _planned_stories(spec: SweepSpec) -> Stimuli:
+    """Stand-ins for the stories to be written: one of each emotion about each topic."""
+    cells = [(emotion, f"topic {i}") for emotion in spec.emotions for i in range(spec.n_stories)]
+    emotions, topics = zip(*cells, strict=True)
+    return Stimuli(emotions, emotions, topics, ("",) * len(cells), ("",) * len(cells))
+
+
+def _require_design(texts: Stimuli, seed: int, n_permutations: int, received: str) -> None:
+    """Folds and relabellings as the curves will ask for them, before anything is read or written."""
+    try:
+        design, _ = make_design(texts, seed=seed)
+        draw_labellings(texts, design, min(n_permutations, 1), seed)
+    except ValueError as error:
+        raise ValueError(
+            f"received {received} with {len(texts.labels)} labels, which allows no curve: {error}"
+        ) from error
 
 
 def quick(spec: SweepSpec) -> SweepSpec:

@@ -20,7 +20,7 @@ def make_pairs(*, tails: bool = False) -> ContrastPairs:
     With tails the texts go on for 1 to 3 words behind that letter, so that several positions can be patched.
     """
     rows = [
-        tuple(f"{'so ' * (k + i)}the {topic} was {x}{' so' * (k + 1) * tails}" for x in "ab") + (a, b, topic)
+        (*(f"{'so ' * (k + i)}the {topic} was {x}{' so' * (k + 1) * tails}" for x in "ab"), a, b, topic)
         for i, topic in enumerate(TOPICS)
         for k, (a, b) in enumerate(CONTRASTS)
     ]

@@ -38,7 +38,7 @@ def test_for_a_small_change_it_is_the_exact_effect(tiny_model, family, monkeypat
 
 
 def test_positions_add_up_and_noise_has_its_own_start(tiny_model):
-    model, pairs = tiny_model("llama"), make_pairs()
+    model, pairs = tiny_model("llama"), make_pairs(tails=True)
     everywhere, each, last = (
         approximate_patches(model, pairs, sites=["gate", "q"], positions=p).effect_raw for p in ("all", "each", "last")
     )

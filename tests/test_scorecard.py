@@ -9,6 +9,7 @@ from scipy import stats
 
 from lens_affect.advice import recommend
 from lens_affect.anisotropy import Anisotropy
+from lens_affect.effects import mann_whitney
 from lens_affect.localization import localize
 from lens_affect.results import Provenance
 from lens_affect.scorecard import (
@@ -22,7 +23,7 @@ from lens_affect.scorecard import (
     make_scorecard,
     source_advantage,
 )
-from lens_affect.statistics import Interval, mann_whitney, mean_interval
+from lens_affect.statistics import Interval, mean_interval
 from lens_affect.sweeps import Sweep, SweepSpec
 from lens_affect.vectors import fit_vectors
 from tests.test_localization import layers

@@ -167,3 +167,26 @@ def test_a_comparison_is_a_step_of_its_own_and_needs_both_methods(model_folder, 
         ValueError, match=r"received compare_methods=True with methods \['comprehension'\]; both are needed"
     ):
         make_spec(model=model_folder, **small | {"methods": ("comprehension",)})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"emotions": ("happy", "sad"), "n_stories": 4},
+            "received n_stories=4 with 2 labels.*only 16 relabellings; 20 are",
+        ),
+        ({"emotions": ("happy",)}, "telling apart needs at least two"),
+    ],
+)
+def test_texts_that_allow_no_null_are_refused_before_any_is_written(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_spec(model="nowhere", **settings)
+    assert make_spec(model="nowhere", emotions=("happy", "sad"), n_stories=4, n_permutations=0).n_stories == 4
+
+
+def test_a_users_file_with_one_topic_is_refused_before_it_is_read(tmp_path):
+    rows = "".join(f"text {i} {e},{e},kitchen\n" for i in range(3) for e in ("happy", "sad"))
+    (tmp_path / "mine.csv").write_text("text,emotion,group\n" + rows)
+    with pytest.raises(ValueError, match="which allows no curve: received 1 groups"):
+        make_spec(model="nowhere", stimuli=str(tmp_path / "mine.csv"), methods=("comprehension",))
