@@ -20,14 +20,16 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.mark.weights
-def test_the_example_prints_what_the_readme_shows(real_model):
+def test_the_examples_run_in_turn_and_print_what_the_readme_shows(real_model):
     real_model("smollm2-135m-instruct")  # fetched, or skipped with the reason
-    code, shown = blocks("python")[0], blocks("text")[0]
     printed = io.StringIO()
+    names: dict[str, object] = {}
     with contextlib.redirect_stdout(printed):
-        exec(compile(code, "README.md", "exec"), {})
-    # Another processor may round the last digit differently: words must agree, and numbers to 0.02.
-    number = r"\d+\.\d+"
+        for code in blocks("python"):
+            exec(compile(code, "README.md", "exec"), names)
+    shown = "".join(blocks("text"))
+    # Another processor may round the last digit differently: words must agree, and numbers to 0.02 (of logits' differences, 2e-4).
+    number = r"\d+\.\d+(?:e-?\d+)?"
     assert re.sub(number, "#", printed.getvalue().strip()) == re.sub(number, "#", shown.strip())
     for seen, stated in zip(re.findall(number, printed.getvalue()), re.findall(number, shown), strict=True):
         assert abs(float(seen) - float(stated)) <= 0.02
