@@ -217,17 +217,32 @@ def encode(model: LensModel, text: str, prompt: str = "", *, own_bos: bool = Fal
     return Encoded(ids, content, len(head), bos)
 
 
+Form = Literal["chat", "plain", "continue"]
+"""How a prompt stands before what is generated: in the chat template; bare with an empty line behind it; or bare, to be gone on with."""
+
+
+def form_of(model: LensModel) -> Form:
+    """`chat` where the model has a chat template, else `plain`."""
+    return "chat" if getattr(model.tokenizer, "chat_template", None) else "plain"
+
+
 def encode_prompt(
-    model: LensModel, prompt: str, *, own_bos: bool = False
+    model: LensModel, prompt: str, *, own_bos: bool = False, form: Form | None = None
 ) -> tuple[tuple[int, ...], Literal["prepended", "template", "none"]]:
     """Tokens of a request up to where the answer starts, and where its BOS comes from.
 
     A chat template brings its own start; a BOS is never put in front of it.
+
+    Raises:
+        ValueError: form="chat" without a chat template.
     """
-    if getattr(model.tokenizer, "chat_template", None):
+    form = form or form_of(model)
+    if form == "chat":
+        if form_of(model) != "chat":
+            raise ValueError("received form='chat' for a tokenizer without a chat template; use 'plain' or 'continue'")
         return token_ids(model.tokenizer, render_chat(model.tokenizer, prompt)), "template"
     head, bos = _bos_ids(model, own_bos=own_bos)
-    return (*head, *token_ids(model.tokenizer, prompt + "\n\n")), bos
+    return (*head, *token_ids(model.tokenizer, prompt + ("\n\n" if form == "plain" else ""))), bos
 
 
 def render_chat(tokenizer: Any, prompt: str) -> str:

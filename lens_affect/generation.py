@@ -15,12 +15,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_affect.adapter import (
+    Form,
     Hook,
     LensModel,
     add_hooks,
     context_window,
     device_of,
     encode_prompt,
+    form_of,
     is_bridge,
     pad_token_id,
 )
@@ -48,6 +50,9 @@ class Intervention:
     """`response`: positions whose output predicts a response token (the last prompt position is one of them); `prompt`; `all`."""
     rows: tuple[int, ...] | None = None
     """Row numbers of the prompts it acts on; all by default."""
+    relative: bool = False
+    """The vector is scaled, in each pass, by the mean norm of the row's own activation there, first token included (arXiv:2604.04064 doses so).
+    With a key-value cache a pass sees one position only: generate(use_cache=False)."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,8 @@ class Generated:
     """True if the model stopped by itself, False if the length limit did."""
     prompts: tuple[str, ...]
     """What was asked."""
-    form: Literal["chat", "plain"]
-    """Whether prompts went through the chat template."""
+    form: Form
+    """How prompts stood before the texts."""
 
 
 def generate(
@@ -78,13 +83,15 @@ def generate(
     seed: int = 0,
     row_seeds: Sequence[int | str] | None = None,
     stop: Sequence[int] | None = None,
+    form: Form | None = None,
+    use_cache: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Generated:
     """Generate one continuation per prompt, all rows in one batch.
 
     Args:
         model: a bridge (with a key-value cache) or a HookedTransformer (without one, so slower).
-        prompts: user requests; they go through the chat template where the model has one.
+        prompts: user requests, or openings to be gone on with (form="continue").
         interventions: changes to activations, each for some rows.
         max_new_tokens: length limit per row.
         temperature: of sampling; above 0.
@@ -93,6 +100,8 @@ def generate(
         seed: of all rows.
         row_seeds: name of each row's random stream; rows with the same name draw the same numbers. Row numbers by default.
         stop: token ids that end a row; by default the model's end-of-text and end-of-turn tokens.
+        form: `chat` (the default where the model has a chat template), `plain` (an empty line behind the prompt), or `continue`.
+        use_cache: keep keys and values; without them every token reads the whole text again.
         progress: called with (tokens done per row, limit).
 
     Returns:
@@ -108,7 +117,8 @@ def generate(
     for change in interventions:
         _check_intervention(model, change, len(prompts))
     ensure_checked(model)
-    heads = [encode_prompt(model, prompt)[0] for prompt in prompts]
+    form = form or form_of(model)
+    heads = [encode_prompt(model, prompt, form=form)[0] for prompt in prompts]
     room = context_window(model) - max(map(len, heads))
     if room < max_new_tokens:
         raise ValueError(
@@ -119,7 +129,7 @@ def generate(
     names = list(range(len(prompts))) if row_seeds is None else list(row_seeds)
     draws = np.stack([derive_generator(seed, "sample", name).random(max_new_tokens) for name in names])
 
-    state = _Batch(model, heads)
+    state = _Batch(model, heads, use_cache=use_cache and is_bridge(model))
     with add_hooks(model, _hooks(model, interventions, state)) if interventions else nullcontext():
         tokens, finished = _decode(
             state, draws, stops, max_new_tokens, greedy=greedy, temperature=temperature, top_p=top_p, progress=progress
@@ -129,7 +139,7 @@ def generate(
         tokens=tuple(map(tuple, tokens)),
         finished=tuple(finished),
         prompts=tuple(prompts),
-        form="chat" if getattr(model.tokenizer, "chat_template", None) else "plain",
+        form=form,
     )
 
 
@@ -257,8 +267,9 @@ def sample(
 class _Batch:
     """Left-padded rows with their key-value cache."""
 
-    def __init__(self, model: Any, heads: Sequence[tuple[int, ...]]) -> None:
+    def __init__(self, model: Any, heads: Sequence[tuple[int, ...]], *, use_cache: bool) -> None:
         self.model, device = model, device_of(model)
+        self.use_cache = use_cache
         width = max(map(len, heads))
         tokens = torch.full((len(heads), width), pad_token_id(model), dtype=torch.long)
         mask = torch.zeros((len(heads), width), dtype=torch.long)
@@ -281,13 +292,14 @@ class _Batch:
             # HookedTransformer keeps its own kind of cache; reading the whole text again is slower and cannot differ.
             logits = self.model(self.history, attention_mask=self.history_mask, return_type="logits")
             return logits[:, -1].float()
-        positions = (self.history_mask.cumsum(-1) - 1).clamp(min=0)[:, -self.new.shape[1] :]
+        tokens = self.new if self.use_cache else self.history
+        positions = (self.history_mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         out = self.model.original_model(
-            input_ids=self.new,
+            input_ids=tokens,
             attention_mask=self.history_mask,
             position_ids=positions,
             past_key_values=self.cache,
-            use_cache=True,
+            use_cache=self.use_cache,
             logits_to_keep=1,
         )
         self.cache = out.past_key_values
@@ -314,7 +326,7 @@ def _hooks(model: LensModel, interventions: Sequence[Intervention], state: _Batc
 
 def _positions(scope: Scope, state: _Batch) -> Bool[Tensor, " position"]:
     """Which of the positions of this forward pass are in scope."""
-    if is_bridge(state.model) and not state.in_prompt:
+    if state.use_cache and not state.in_prompt:
         seen = torch.ones(1, dtype=torch.bool)
         first_response = 0
     else:
@@ -327,27 +339,49 @@ def _positions(scope: Scope, state: _Batch) -> Bool[Tensor, " position"]:
 
 
 def _edit(change: Intervention, state: _Batch) -> Callable[..., Tensor | None]:
-    chosen = None if change.rows is None else list(change.rows)
+    of_row = None if change.rows is None else {row: i for i, row in enumerate(change.rows)}
+    seen: list[int] | None = None
+    where, vectors = torch.empty(0, dtype=torch.long), change.vector
+
+    def follow(value: Tensor) -> None:
+        """Which rows of the batch are meant, and their vectors: looked up again only when rows have left the batch."""
+        nonlocal seen, where, vectors
+        if seen is state.active:
+            return
+        seen = state.active
+        mine = [(i, r if of_row is None else of_row[r]) for i, r in enumerate(seen) if of_row is None or r in of_row]
+        where = torch.tensor([i for i, _ in mine], dtype=torch.long, device=value.device)
+        chosen = change.vector if change.vector.ndim == 1 else change.vector[[entry for _, entry in mine]][:, None, :]
+        vectors = chosen.to(value)
 
     def hook(value: Tensor, hook: Any = None) -> Tensor | None:
-        rows = [r for r in state.active if chosen is None or r in chosen]
-        if not rows:
+        follow(value)
+        if not len(where):
             return None
-        vector = change.vector
-        if vector.ndim == 2:
-            vector = vector[rows if chosen is None else [chosen.index(r) for r in rows]][:, None, :]
-        where = torch.tensor([state.active.index(r) for r in rows], device=value.device)
-        flat = value.flatten(2).clone()
-        direction, part = vector.to(flat), flat[where]
-        if change.mode == "add":
-            new = part + direction
-        else:
-            norm = direction.norm(dim=-1, keepdim=True)
-            unit = direction / norm
-            along = (part * unit).sum(-1, keepdim=True)
-            new = part - along * unit if change.mode == "ablate" else part + (norm - along) * unit
+        flat = value.flatten(2)
+        part = flat[where]
+        direction = vectors * _mean_norm(part, state.history_mask[where]) if change.relative else vectors
         inside = _positions(change.scope, state).to(value.device)[None, :, None]
-        flat[where] = torch.where(inside, new, part)
-        return flat.view(value.shape)
+        changed = flat.clone()
+        changed[where] = torch.where(inside, change_along(part, direction, change.mode), part)
+        return changed.view(value.shape)
 
     return hook
+
+
+def _mean_norm(part: Float[Tensor, "row position width"], mask: Int[Tensor, "row history"]) -> Float[Tensor, "row 1 1"]:
+    """Mean norm over the real positions of this pass."""
+    real = mask[:, -part.shape[1] :].to(part)
+    return ((part.norm(dim=-1) * real).sum(1) / real.sum(1))[:, None, None]
+
+
+def change_along(
+    value: Float[Tensor, "row position width"], vector: Float[Tensor, "*row_one width"], mode: Mode
+) -> Float[Tensor, "row position width"]:
+    """Activations with the vector added, with their component along it removed, or with that component set to the vector's norm."""
+    if mode == "add":
+        return value + vector
+    norm = vector.norm(dim=-1, keepdim=True)
+    unit = vector / norm
+    along = (value * unit).sum(-1, keepdim=True)
+    return value - along * unit if mode == "ablate" else value + (norm - along) * unit

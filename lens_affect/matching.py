@@ -1,6 +1,7 @@
 """Contrast pairs as tokens of one model: of equal length, with the tokens that stand for each side's words."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,18 +51,33 @@ class MatchedPairs:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    @property
+    def answer_tokens(self) -> tuple[int, ...]:
+        """Every token that stands for a word of some pair: what log_odds needs of the vocabulary."""
+        return tuple(sorted({token for ids in (*self.clean_ids, *self.corrupted_ids) for token in ids}))
+
     def log_odds(
-        self, logits: Float[Tensor, "pair vocab"], rows: Int[Tensor, " pair"] | None = None
+        self,
+        logits: Float[Tensor, "pair token"],
+        rows: Int[Tensor, " pair"] | None = None,
+        *,
+        tokens: Sequence[int] | None = None,
     ) -> Float[Tensor, " pair"]:
         """Logit difference of the two sides' words: log of P(any clean word) over P(any corrupted word), in nats.
 
         Args:
             logits: at the last position.
             rows: which pair each row of logits belongs to; all in order by default.
+            tokens: token of each column of the logits; the whole vocabulary by default.
         """
         chosen = range(len(self)) if rows is None else rows.tolist()
+        column = None if tokens is None else {token: i for i, token in enumerate(tokens)}
+
+        def total(row: Tensor, ids: tuple[int, ...]) -> Tensor:
+            return row[list(ids) if column is None else [column[token] for token in ids]].logsumexp(0)
+
         found = [
-            row[list(self.clean_ids[i])].logsumexp(0) - row[list(self.corrupted_ids[i])].logsumexp(0)
+            total(row, self.clean_ids[i]) - total(row, self.corrupted_ids[i])
             for row, i in zip(logits, chosen, strict=True)
         ]
         return torch.stack(found)

@@ -349,8 +349,9 @@ def patch_sites(
         )
     donors = make_donors(model, matched, recording, sites, chosen, controls, direction, positions, seed)
     edits = {d.name: d.edit for d in donors if d.edit}
-    replay = Replay(model, recording, sites=sites, edits=edits, read=read, batch_tokens=batch_tokens)
-    measure, gap, offset = _measure(matched, replay.unpatched(), metric, direction, axes)
+    tokens = matched.answer_tokens if metric == "logit_difference" else None
+    replay = Replay(model, recording, sites=sites, edits=edits, read=read, tokens=tokens, batch_tokens=batch_tokens)
+    measure, gap, offset = _measure(matched, replay.unpatched(), metric, direction, axes, tokens)
     places = places_of(matched, positions)
     cells = _cells(matched, sites, chosen, places, donors, direction)
     outcome = replay.run([cell.patch for cell in cells], measure=measure, progress=progress)
@@ -471,6 +472,7 @@ def _measure(
     metric: str,
     direction: str,
     axes: Float[Tensor, "pair d_model"] | None,
+    tokens: Sequence[int] | None,
 ) -> tuple[Callable[[Outcome], Tensor], Float[Tensor, " pair"], Float[Tensor, " pair"]]:
     """What to keep of each patched run, the gap of each pair, and the value of its start run; effects are value minus start."""
     n = len(matched)
@@ -487,7 +489,9 @@ def _measure(
     along = None if axes is None else axes.to(outputs)
 
     def value(output: Tensor, rows: Tensor) -> Tensor:
-        return sign * (matched.log_odds(output, rows) if along is None else (output * along[rows]).sum(-1))
+        return sign * (
+            matched.log_odds(output, rows, tokens=tokens) if along is None else (output * along[rows]).sum(-1)
+        )
 
     every = torch.arange(n)
     offset = value(outputs[start], every)

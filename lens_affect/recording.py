@@ -6,7 +6,7 @@ for texts of any length. Models whose blocks cannot be resumed are recorded with
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -294,12 +294,22 @@ def _join_arguments(parts: list[list[BlockArguments]]) -> tuple[BlockArguments, 
     return tuple(joined)
 
 
-def unembed(model: Any, stream: Float[Tensor, "row d_model"]) -> Iterator[tuple[int, Float[Tensor, "part vocab"]]]:
+def unembed(
+    model: Any, stream: Float[Tensor, "row d_model"], tokens: Sequence[int] | None = None
+) -> Iterator[tuple[int, Float[Tensor, "part token"]]]:
     """Logits of streams that leave the last block, in parts that fit into memory, with the row that each part starts at.
 
     Final norm, unembedding and Gemma 2's soft cap, in float32; Replay compares them with the model's own logits.
+
+    Args:
+        model: a bridge.
+        stream: what enters the final norm.
+        tokens: only these tokens' logits, in this order; a large vocabulary costs more than all blocks together.
     """
     cap = getattr(model.original_model.config.get_text_config(), "final_logit_softcapping", None)
-    for rows in slices(len(stream), LOGITS_AT_ONCE // int(model.cfg.d_vocab)):
-        logits = model.unembed(model.ln_final(stream[rows, None]))[:, 0].float()
+    n_tokens = int(model.cfg.d_vocab) if tokens is None else len(tokens)
+    columns = None if tokens is None else (model.W_U[:, list(tokens)], model.unembed.b_U[list(tokens)])
+    for rows in slices(len(stream), LOGITS_AT_ONCE // n_tokens):
+        normed = model.ln_final(stream[rows, None])
+        logits = (model.unembed(normed) if columns is None else normed @ columns[0] + columns[1])[:, 0].float()
         yield rows.start, logits if cap is None else cap * torch.tanh(logits / cap)

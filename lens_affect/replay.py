@@ -173,6 +173,7 @@ class Replay:
         sites: the sites that will be patched; the way is checked for each kind of them.
         edits: ways to make a replacement out of own and source activation, by name.
         read: a 0-based block whose resid_post is the output, at the last real position, instead of the logits; runs end there.
+        tokens: the output is the logits of these tokens only, in this order; it spares the rest of the vocabulary.
         batch_tokens: positions that go through a block at once.
 
     Attributes:
@@ -193,12 +194,14 @@ class Replay:
         sites: Sequence[str],
         edits: Mapping[str, Edit] | None = None,
         read: int | None = None,
+        tokens: Sequence[int] | None = None,
         batch_tokens: int = BATCH_TOKENS,
     ) -> None:
         self.model: Any = model
         self.recording = recording
         self.edits: Mapping[str, Edit] = edits or {}
         self.read = read
+        self.tokens = None if tokens is None else list(tokens)
         self.batch_tokens = batch_tokens
         self.sites = {name: resolve_site(model, name) for name in sites}
         n_layers = int(self.model.cfg.n_layers)
@@ -386,14 +389,15 @@ class Replay:
 
     def _outputs(self, stream: Float[Tensor, "row d_model"]) -> Iterator[tuple[int, Float[Tensor, "part output"]]]:
         """What is read of streams that stand at the top, in parts with the row that each starts at."""
-        return unembed(self.model, stream) if self.read is None else iter([(0, stream.float())])
+        return unembed(self.model, stream, self.tokens) if self.read is None else iter([(0, stream.float())])
 
     def _outputs_of_full_pass(
         self, tokens: Int[Tensor, "row position"], mask: Int[Tensor, "row position"]
     ) -> Float[Tensor, "row output"]:
         """The same from a forward pass through the whole model, under whatever hooks are on it."""
         if self.read is None:
-            return last_logits(self.model, tokens, mask)
+            logits = last_logits(self.model, tokens, mask)
+            return logits if self.tokens is None else logits[:, self.tokens]
         found: list[Tensor] = []
         rows, last = torch.arange(len(tokens), device=tokens.device), mask.sum(1) - 1
 
@@ -409,7 +413,7 @@ class Replay:
         """Outputs of the recorded texts as they are, float32."""
         recording = self.recording
         if self.read is None:
-            return recording.logits
+            return recording.logits if self.tokens is None else recording.logits[:, self.tokens]
         if recording.trunk is not None:
             return recording.trunk.stream[self.top, :, -1].float()
         at_once = rows_of_full_pass(self.model, recording.tokens.shape[1], self.batch_tokens)

@@ -169,6 +169,20 @@ def test_the_stream_of_a_layer_is_read_as_a_full_pass_with_plain_hooks_shows_it(
         Replay(model, recording, sites=sites, read=9)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "gemma3", "llama"])
+def test_the_logits_of_some_tokens_are_those_among_all(model_of, family):
+    model = model_of(family)
+    recording = record(model, *make_pairs())
+    patches, tokens = denoise(["attn_out", "mlp_out"], [0, 2], "all"), [7, 400, 3]
+    whole = Replay(model, recording, sites=["attn_out", "mlp_out"])
+    some = Replay(model, recording, sites=["attn_out", "mlp_out"], tokens=tokens)
+    assert some.way == "resumed", some.reason
+    assert_close(some.run(patches), whole.run(patches)[:, tokens])
+    assert_close(some.unpatched(), whole.unpatched()[:, tokens])
+    some.way = "full"
+    assert_close(some.run(patches), whole.run(patches)[:, tokens])
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "llama"])
 def test_full_passes_give_the_same_logits(model_of, family):
     model = model_of(family)
