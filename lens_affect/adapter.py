@@ -354,6 +354,14 @@ def unembedding(model: Any) -> Float[Tensor, "d_model vocab"]:
     return model.W_U.detach().float()
 
 
+def soft_cap(model: Any) -> float | None:
+    """Limit of the logits' size (Gemma 2), or None."""
+    if is_bridge(model):
+        return getattr(model.original_model.config.get_text_config(), "final_logit_softcapping", None)
+    cap = float(getattr(model.cfg, "output_logits_soft_cap", -1.0))
+    return cap if cap > 0 else None
+
+
 def text_of_token(model: LensModel, token: int) -> str:
     """A single token as text."""
     return str(model.tokenizer.decode([token]))

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lens_affect.adapter import LensModel, device_of, is_bridge, run_logits, run_trunk
+from lens_affect.adapter import LensModel, device_of, is_bridge, run_logits, run_trunk, soft_cap
 
 BATCH_TOKENS = 2048
 """Positions that go through a block at once; beyond this a CPU gains nothing and memory grows."""
@@ -302,11 +302,11 @@ def unembed(
     Final norm, unembedding and Gemma 2's soft cap, in float32; Replay compares them with the model's own logits.
 
     Args:
-        model: a bridge.
+        model: a bridge or a HookedTransformer.
         stream: what enters the final norm.
         tokens: only these tokens' logits, in this order; a large vocabulary costs more than all blocks together.
     """
-    cap = getattr(model.original_model.config.get_text_config(), "final_logit_softcapping", None)
+    cap = soft_cap(model)
     n_tokens = int(model.cfg.d_vocab) if tokens is None else len(tokens)
     columns = None if tokens is None else (model.W_U[:, list(tokens)], model.unembed.b_U[list(tokens)])
     for rows in slices(len(stream), LOGITS_AT_ONCE // n_tokens):

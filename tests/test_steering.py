@@ -1,0 +1,225 @@
+"""Steering: doses are what they claim to be, act where they should, and leave nothing behind."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lens_affect.adapter import add_hooks, model_info, run_logits
+from lens_affect.generation import generate
+from lens_affect.models import load_model
+from lens_affect.scoring import score_texts
+from lens_affect.sites import resolve_site
+from lens_affect.steering import STRENGTH_LIMIT, calibrate, choose_layers, make_push, residual_norms, steer
+from lens_affect.stimuli import load_stimuli
+from tests.test_patching import vectors_of
+from tests.tiny import make_hf_model, make_tokenizer
+
+PROMPTS = ["Hello there", "Write about a cat in the garden"]
+IDS = torch.tensor([[0, 5, 9, 30, 21, 22, 23, 24]])
+ONES = torch.ones_like(IDS)
+
+
+def streams(model, layer: int, **push) -> torch.Tensor:
+    """resid_post of a layer under steering, one plain pass."""
+    kept = []
+    with (
+        steer(model, vectors_of(model), "calm", **push),
+        add_hooks(model, [(resolve_site(model, "resid_post").at(layer), lambda x, hook: kept.append(x.clone()))]),
+    ):
+        run_logits(model, IDS, ONES)
+    return kept[0][0]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "llama"])
+def test_reference_norms_are_those_of_ordinary_positions(tiny_model, family):
+    model = tiny_model(family)
+    found = residual_norms(model)
+    assert found.shape == (3,)
+    kept = []
+    texts = load_stimuli("passages").select(emotions=["neutral"]).texts[:12]
+    with add_hooks(model, [(resolve_site(model, "resid_post").at(1), lambda x, hook: kept.append(x[0].norm(dim=-1)))]):
+        for text in texts:
+            ids = torch.tensor([[0, *model.tokenizer(text, add_special_tokens=False)["input_ids"]]])
+            run_logits(model, ids, torch.ones_like(ids))
+    mean = torch.cat([n[1:][n[1:] <= 3 * n[1:].median()] for n in kept]).mean()
+    assert float(found[1]) == pytest.approx(float(mean), rel=0.02)  # 12 of its 36 texts
+    assert residual_norms(model) is found
+
+
+def test_an_attention_sink_does_not_set_the_dose():
+    hf = make_hf_model("llama")
+    plain = residual_norms(load_model(hf, tokenizer=make_tokenizer()))
+    with torch.no_grad():
+        hf.model.embed_tokens.weight[0] *= 1000  # BOS stands at position 0
+    assert torch.allclose(residual_norms(load_model(hf, tokenizer=make_tokenizer())), plain, rtol=0.2)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "llama"])
+def test_a_strength_moves_the_stream_by_that_share_of_the_norm_and_twice_the_strength_by_twice(tiny_model, family):
+    model = tiny_model(family)
+    base, once, twice = (streams(model, 1, layers=1, strength=s, scope="all") for s in (0.0, 0.4, 0.8))
+    added = once - base
+    torch.testing.assert_close(added.norm(dim=-1), (0.4 * residual_norms(model)[1]).expand(8), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(twice - base, 2 * added, rtol=1e-3, atol=1e-5)
+    unit = vectors_of(model).vector("calm", 1)
+    torch.testing.assert_close(added[3] / added[3].norm(), unit, rtol=1e-3, atol=1e-5)
+
+
+def test_strength_zero_is_bit_identical_and_opposite_strengths_cancel(tiny_model):
+    model = tiny_model("llama")
+    plain = run_logits(model, IDS, ONES)
+    with steer(model, vectors_of(model), "calm", layers=1, strength=0.0, scope="all"):
+        assert torch.equal(run_logits(model, IDS, ONES), plain)
+    there = {"layers": 1, "scope": "all"}
+    with (
+        steer(model, vectors_of(model), "calm", strength=0.7, **there),
+        steer(model, vectors_of(model), "calm", strength=-0.7, **there),
+    ):
+        torch.testing.assert_close(run_logits(model, IDS, ONES), plain, rtol=1e-4, atol=1e-5)
+    rows = {"greedy": True, "max_new_tokens": 8}
+    zero = make_push(model, vectors_of(model), "calm", strength=0.0).interventions()
+    assert generate(model, PROMPTS, interventions=zero, **rows).tokens == generate(model, PROMPTS, **rows).tokens
+
+
+def test_scaling_a_vector_changes_nothing(tiny_model):
+    model = tiny_model("llama")
+    vectors = vectors_of(model)
+    scaled = replace(vectors, raw_norms=vectors.raw_norms * 50)
+    pushes = [make_push(model, v, "sad", layers=[0, 2], strength=0.3) for v in (vectors, scaled)]
+    assert torch.equal(pushes[0].vectors, pushes[1].vectors)
+
+
+def test_ablating_twice_is_ablating_once_and_clamping_sets_the_component(tiny_model):
+    model = tiny_model("gemma3")
+    unit = vectors_of(model).vector("calm", 1)
+    once = streams(model, 1, layers=1, strength=1.0, mode="ablate", scope="all")
+    assert float((once @ unit).abs().max()) < 1e-4
+    with steer(model, vectors_of(model), "calm", layers=1, strength=1.0, mode="ablate", scope="all"):
+        again = streams(model, 1, layers=1, strength=1.0, mode="ablate", scope="all")
+    torch.testing.assert_close(again, once, rtol=1e-5, atol=1e-5)
+    clamped = streams(model, 1, layers=1, strength=-0.5, mode="clamp", scope="all")
+    torch.testing.assert_close(clamped @ unit, (-0.5 * residual_norms(model)[1]).expand(8), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("scope", "moved"), [("response", range(4, 8)), ("prompt", range(4)), ("all", range(8))])
+def test_the_scope_says_which_positions_of_a_whole_text_are_moved(tiny_model, scope, moved):
+    model = tiny_model("llama")
+    base = streams(model, 1, layers=1, strength=0.0)
+    found = streams(model, 1, layers=1, strength=0.5, scope=scope, prompt_length=5)
+    assert ((found - base).norm(dim=-1) > 1e-6).nonzero().flatten().tolist() == list(moved)
+    last = streams(model, 1, layers=1, strength=0.5, scope="response")
+    assert ((last - base).norm(dim=-1) > 1e-6).nonzero().flatten().tolist() == [7]
+
+
+@pytest.mark.parametrize("scope", ["response", "all"])
+def test_steering_around_generation_is_steering_inside_it_with_and_without_a_cache(tiny_model, scope):
+    model, vectors = tiny_model("llama"), vectors_of(tiny_model("llama"))
+    rows = {"greedy": True, "max_new_tokens": 8}
+    push = make_push(model, vectors, "sad", layers=[0, 1], strength=0.8, scope=scope)
+    inside = generate(model, PROMPTS[:1], interventions=push.interventions(), **rows)
+    uncached = generate(model, PROMPTS[:1], interventions=push.interventions(), use_cache=False, **rows)
+    with steer(model, vectors, "sad", layers=[0, 1], strength=0.8, scope=scope):
+        around = generate(model, PROMPTS[:1], **rows)
+    assert inside.tokens == around.tokens == uncached.tokens
+    assert inside.tokens != generate(model, PROMPTS[:1], **rows).tokens
+
+
+def test_rows_of_one_batch_are_steered_each_its_own_way(tiny_model):
+    model, vectors = tiny_model("llama"), vectors_of(tiny_model("llama"))
+    rows = {"greedy": True, "max_new_tokens": 6}
+    one = make_push(model, vectors, "sad", layers=1, strength=1.0).interventions(rows=(0,))
+    two = make_push(model, vectors, "calm", layers=1, strength=-1.0).interventions(rows=(1,))
+    together = generate(model, PROMPTS, interventions=[*one, *two], **rows)
+    for i, push in enumerate((one, two)):
+        alone = generate(model, [PROMPTS[i]], interventions=[replace(push[0], rows=None)], **rows)
+        assert together.tokens[i] == alone.tokens[0]
+
+
+def test_the_papers_protocol_doses_by_the_pass_it_is_in(tiny_model):
+    model, vectors = tiny_model("llama"), vectors_of(tiny_model("llama"))
+    push = make_push(model, vectors, "calm", strength=0.05, protocol="jeong2026")
+    assert push.layers == (0, 1, 2)
+    assert push.scope == "all"
+    for vector in push.vectors:
+        torch.testing.assert_close(vector, 0.05 * vectors.vector("calm", 1))
+    kept: dict[int, torch.Tensor] = {}
+    site = resolve_site(model, "resid_post")
+
+    def keep(layer):
+        return site.at(layer), lambda x, hook: kept.__setitem__(layer, x.clone())
+
+    with (
+        add_hooks(model, [keep(0)]),
+        steer(model, vectors, "calm", strength=0.05, protocol="jeong2026"),
+    ):
+        run_logits(model, IDS, ONES)
+    before = kept[0]  # the hook stands before the steering one: first layer, not yet steered
+    with (
+        steer(model, vectors, "calm", strength=0.05, protocol="jeong2026"),
+        add_hooks(model, [keep(0)]),
+    ):
+        run_logits(model, IDS, ONES)
+    expected = 0.05 * before.norm(dim=-1).mean() * vectors.vector("calm", 1)
+    torch.testing.assert_close((kept[0] - before)[0, 2], expected, rtol=1e-3, atol=1e-5)
+    text = generate(
+        model, PROMPTS[:1], interventions=push.interventions(), use_cache=False, greedy=True, max_new_tokens=4
+    )
+    with steer(model, vectors, "calm", strength=0.05, protocol="jeong2026"):
+        around = generate(model, PROMPTS[:1], use_cache=False, greedy=True, max_new_tokens=4)
+    assert text.tokens == around.tokens
+
+
+@pytest.mark.parametrize("layers", [[0, 1, 2], [1, 2]])
+def test_several_layers_are_calibrated_to_the_change_they_should_make(tiny_model, layers):
+    model, vectors = tiny_model("gemma3"), vectors_of(tiny_model("gemma3"))
+    directions = torch.stack([vectors.vector("sad", layer) for layer in layers])
+    tokens = IDS.expand(3, -1)
+    responses = (torch.arange(8) >= 3).expand(3, -1)
+    strength = calibrate(model, directions, layers, 0.4, tokens, torch.ones_like(tokens), responses)
+    push = make_push(model, vectors, "sad", layers=layers, strength=strength)
+    heads, texts = [tuple(IDS[0, :4].tolist())], [tuple(IDS[0, 4:].tolist())]
+    found = score_texts(model, heads, texts, interventions=push.interventions())
+    assert float(found.change[0]) == pytest.approx(0.4, rel=0.12)  # measured on generated tokens only
+    assert calibrate(model, directions[:1], layers[:1], 0.4, tokens, torch.ones_like(tokens), responses) == 0.4
+    back = calibrate(model, directions, layers, -0.4, tokens, torch.ones_like(tokens), responses)
+    assert back < 0
+    with pytest.raises(ValueError, match="received a target change of 1000000"):
+        calibrate(model, directions, layers, 1e6, tokens, torch.ones_like(tokens), responses)
+
+
+def test_hooks_are_gone_after_an_exception():
+    model = load_model(make_hf_model("llama"), tokenizer=make_tokenizer())
+    before = run_logits(model, IDS, ONES)
+    with pytest.raises(RuntimeError, match="stop"), steer(model, vectors_of(model), "calm", strength=1.0, scope="all"):
+        assert not torch.equal(run_logits(model, IDS, ONES), before)
+        raise RuntimeError("stop")
+    assert torch.equal(run_logits(model, IDS, ONES), before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"strength": float("nan")}, "received strength nan; allowed are numbers"),
+        ({"strength": STRENGTH_LIMIT + 1}, "received strength 11.0; allowed are numbers"),
+        ({"layers": 3}, r"received layers \[3\]; allowed are different ones of 0 to 2"),
+        ({"layers": []}, r"received layers \[\]; allowed"),
+        ({"layers": [1, 1]}, r"received layers \[1, 1\]; allowed"),
+        ({"emotion": "hungry"}, "received emotion 'hungry'; there are vectors for"),
+    ],
+)
+def test_a_dose_that_makes_no_sense_is_refused(tiny_model, change, message):
+    model = tiny_model("llama")
+    asked = {"emotion": "calm", "strength": 0.5} | change
+    with pytest.raises(ValueError, match=message):
+        make_push(model, vectors_of(model), asked.pop("emotion"), **asked)
+
+
+def test_vectors_of_another_model_or_site_are_refused(tiny_model):
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="vectors were made with"):
+        make_push(tiny_model("qwen2"), vectors_of(model), "calm", strength=0.5)
+    with pytest.raises(ValueError, match="read at gate; steering adds to resid_post"):
+        make_push(model, replace(vectors_of(model), site="gate"), "calm", strength=0.5)
+    assert choose_layers(None, 30) == (15,)
+    assert model_info(model).provenance == vectors_of(model).provenance
