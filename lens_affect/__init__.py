@@ -62,6 +62,8 @@ if TYPE_CHECKING:
     from lens_affect.report import write_report as write_report
     from lens_affect.reported import check_effect_size as check_effect_size
     from lens_affect.results import Provenance as Provenance
+    from lens_affect.scenarios import Scenarios as Scenarios
+    from lens_affect.scenarios import load_scenarios as load_scenarios
     from lens_affect.scorecard import Scorecard as Scorecard
     from lens_affect.scorecard import make_scorecard as make_scorecard
     from lens_affect.scores import SCORES as SCORES
@@ -117,6 +119,7 @@ _HOME = {
     "Recommendation": "advice",
     "SCORES": "scores",
     "SITES": "sites",
+    "Scenarios": "scenarios",
     "Scorecard": "scorecard",
     "Site": "sites",
     "Stimuli": "stimuli",
@@ -146,6 +149,7 @@ _HOME = {
     "load_model": "models",
     "load_pairs": "contrasts",
     "load_prompts": "stimuli",
+    "load_scenarios": "scenarios",
     "load_stimuli": "stimuli",
     "load_study": "study",
     "load_sweep": "sweeps",
