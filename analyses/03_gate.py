@@ -38,14 +38,14 @@ READ = {"smollm2-135m-instruct": 24, "gemma-3-270m": 14}  # depth 0.83: behind t
 CONTROLS = ("random", "topic", "other_emotion", "rank8", "rank32")
 # Name -> pairs, how many of them (for time; as many of each topic and side), and what is asked of them.
 MAPS = {
-    "affect, last": ("affect", 168, {"positions": "last", "controls": CONTROLS}),
-    "number, last": ("number", 84, {"positions": "last", "controls": ("random", "rank8")}),
-    "tense, last": ("tense", 84, {"positions": "last", "controls": ("random", "rank8")}),
-    "affect, all": ("affect", 48, {"positions": "all", "controls": ("random", "rank8")}),
-    "number, all": ("number", 24, {"positions": "all", "controls": ("random",)}),
-    "tense, all": ("tense", 24, {"positions": "all", "controls": ("random",)}),
-    "affect, projection": ("affect", 24, {"positions": "all", "metric": "projection"}),
-    "affect, each": ("affect", 12, {"positions": "each", "sites": ("gate", "up", "attn_out")}),
+    "affect, last": ("affect", 48, {"positions": "last", "controls": CONTROLS}),
+    "number, last": ("number", 24, {"positions": "last", "controls": ("random", "rank8")}),
+    "tense, last": ("tense", 24, {"positions": "last", "controls": ("random", "rank8")}),
+    "affect, all": ("affect", 36, {"positions": "all"}),
+    "number, all": ("number", 24, {"positions": "all"}),
+    "tense, all": ("tense", 24, {"positions": "all"}),
+    "affect, projection": ("affect", 12, {"positions": "all", "metric": "projection"}),
+    "affect, each": ("affect", 12, {"positions": "each", "sites": ("gate", "attn_out"), "controls": ()}),
 }
 if QUICK:
     small = {"layers": [10, 20], "controls": ("random",)}

@@ -65,6 +65,8 @@ class Generated:
     """Their token ids, without the stop token."""
     finished: tuple[bool, ...]
     """True if the model stopped by itself, False if the length limit did."""
+    finite: tuple[bool, ...]
+    """False where logits were not finite; the text ends there."""
     prompts: tuple[str, ...]
     """What was asked."""
     form: Form
@@ -131,13 +133,14 @@ def generate(
 
     state = _Batch(model, heads, use_cache=use_cache and is_bridge(model))
     with add_hooks(model, _hooks(model, interventions, state)) if interventions else nullcontext():
-        tokens, finished = _decode(
+        tokens, finished, finite = _decode(
             state, draws, stops, max_new_tokens, greedy=greedy, temperature=temperature, top_p=top_p, progress=progress
         )
     return Generated(
         texts=tuple(str(model.tokenizer.decode(t, skip_special_tokens=True)) for t in tokens),
         tokens=tuple(map(tuple, tokens)),
         finished=tuple(finished),
+        finite=tuple(finite),
         prompts=tuple(prompts),
         form=form,
     )
@@ -153,17 +156,22 @@ def _decode(
     temperature: float,
     top_p: float,
     progress: Callable[[int, int], None] | None,
-) -> tuple[list[list[int]], list[bool]]:
-    """Tokens of every row up to its stop token, and whether it came to one."""
+) -> tuple[list[list[int]], list[bool], list[bool]]:
+    """Tokens of every row up to its stop token, whether it came to one, and whether its logits were finite."""
     tokens: list[list[int]] = [[] for _ in state.active]
-    finished = [False] * len(tokens)
+    finished, finite = [False] * len(tokens), [True] * len(tokens)
     for step in range(max_new_tokens):
         logits, active = state.next_logits(), state.active
+        sound = logits.amax(-1).isfinite()
+        if not bool(sound.all()):
+            logits = torch.where(sound[:, None], logits, 0.0)  # their draw is thrown away below
         uniform = torch.from_numpy(draws[active, step]).to(logits.device)
         chosen = logits.argmax(-1) if greedy else sample(logits, uniform, temperature=temperature, top_p=top_p)
         still = []
         for i, (row, token) in enumerate(zip(active, chosen.tolist(), strict=True)):
-            if token in stops:
+            if not sound[i]:
+                finite[row] = False
+            elif token in stops:
                 finished[row] = True
             else:
                 tokens[row].append(token)
@@ -176,7 +184,7 @@ def _decode(
             state.keep(still)
             chosen = chosen[still]
         state.append(chosen)
-    return tokens, finished
+    return tokens, finished, finite
 
 
 def _check(

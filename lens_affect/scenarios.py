@@ -24,8 +24,8 @@ SETS = {
     "jeong2026": "the two scenarios of arXiv:2604.04064 in our words",
 }
 """Our sets of scenarios (data/scenarios.md)."""
-FORMS = ("chat", "plain")
-"""Requests for models with a chat template, openings for base models."""
+FORMS = ("chat", "continue")
+"""Requests for models with a chat template, openings for base models (generation.generate takes the same names)."""
 PULLS = ("with", "against", "none")
 """Whether a situation suggests the target emotion, suggests the opposite, or neither (or nobody has said)."""
 
@@ -80,7 +80,7 @@ class Scenarios:
         """The texts to hand to a model.
 
         Args:
-            form: `chat` (requests, for models with a chat template) or `plain` (openings, for base models). An opening may break off within
+            form: `chat` (requests, for models with a chat template) or `continue` (openings, for base models). An opening may break off within
                 a sentence: its continuation follows directly, with no line break put between.
 
         Raises:

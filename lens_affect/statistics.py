@@ -3,7 +3,7 @@
 import hashlib
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,6 +55,20 @@ def mean_interval(per_cluster: Float[np.ndarray, "cluster *rows"], *, confidence
         return Interval(mean, np.full_like(mean, np.nan), np.full_like(mean, np.nan))
     half = stats.t.ppf(0.5 + confidence / 2, n - 1) * per_cluster.std(axis=0, ddof=1) / math.sqrt(n)
     return Interval(mean, np.asarray(mean - half), np.asarray(mean + half))
+
+
+def cluster_means(values: Float[np.ndarray, " item"], clusters: Sequence[Any]) -> Float[np.ndarray, " cluster"]:
+    """Mean of each cluster in order of appearance, over what is not NaN; clusters without a value are left out.
+
+    Example:
+        >>> cluster_means(np.array([1.0, 3.0, 5.0, np.nan]), ["a", "a", "b", "c"]).tolist()
+        [2.0, 5.0]
+    """
+    members: dict[Any, list[float]] = {}
+    for value, cluster in zip(values.tolist(), clusters, strict=True):
+        if not math.isnan(value):
+            members.setdefault(cluster, []).append(value)
+    return np.array([np.mean(found) for found in members.values()], dtype=np.float64)
 
 
 def jackknife_interval(

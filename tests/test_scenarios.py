@@ -46,8 +46,8 @@ def words(texts) -> np.ndarray:
 def test_prompts_are_requests_for_chat_models_and_openings_for_base_models():
     scenarios = small()
     assert scenarios.prompts("chat") == scenarios.requests
-    assert scenarios.prompts("plain") == scenarios.openings
-    with pytest.raises(ValueError, match=r"received form='essay'; allowed are \['chat', 'plain'\]"):
+    assert scenarios.prompts("continue") == scenarios.openings
+    with pytest.raises(ValueError, match=r"received form='essay'; allowed are \['chat', 'continue'\]"):
         scenarios.prompts("essay")
 
 
@@ -122,7 +122,7 @@ def test_a_users_table_needs_a_prompt_and_an_emotion(tmp_path):
     frame.to_csv(tmp_path / "mine.csv", index=False)
     mine = load_scenarios(tmp_path / "mine.csv")
     assert (mine.name, mine.emotions, mine.pulls) == ("mine", ("sad", "awe"), ("none", "none"))
-    assert mine.prompts("chat") == mine.prompts("plain") == ("He left. ", "She came.")
+    assert mine.prompts("chat") == mine.prompts("continue") == ("He left. ", "She came.")
     assert mine.groups == mine.ids == ("scenario 0", "scenario 1")
     frame.assign(group=[1, 2], pull=["with", "against"]).to_parquet(tmp_path / "mine.parquet")
     more = load_scenarios(str(tmp_path / "mine.parquet"))

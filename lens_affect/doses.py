@@ -1,0 +1,519 @@
+"""Dose and response: what a model writes when it is pushed along an emotion, at every strength, with controls in the same batch.
+
+Every row of the batch is one text: a prompt, a direction and a strength. Rows of one prompt draw the same random numbers whatever their dose, so
+two texts differ by the dose alone. Each text is then read again by the unsteered model (perplexity) and by the steered one (KL, achieved
+change). Nothing is dropped: an empty text is counted and has no value.
+"""
+
+import html
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lens_affect.adapter import Form, LensModel, encode_prompt, form_of, model_info, token_ids
+from lens_affect.generation import Generated, Intervention, Mode, Scope, generate
+from lens_affect.repetition import compression_ratio, distinct_share, longest_loop, repetition_limits, repetition_share
+from lens_affect.results import Provenance, Stopwatch, content_hash, load_result, save_result
+from lens_affect.scenarios import Scenarios
+from lens_affect.scoring import TextScores, score_texts
+from lens_affect.statistics import cluster_means, derive_generator, mean_interval
+from lens_affect.steering import calibrate, check_strength, choose_layers, residual_norms
+from lens_affect.stimuli import NEUTRAL, load_stimuli
+from lens_affect.vectors import EmotionVectors
+
+AUTO_STRENGTHS = (-0.8, -0.4, 0.1, 0.2, 0.4, 0.8, 1.6)
+"""Shares of the residual norm, from hardly noticed to more than the stream itself; negative ones push away."""
+CONTROLS = {
+    "random": "a random direction per prompt, the same for every emotion",
+    "other_emotion": "the direction of another emotion, drawn per prompt",
+}
+"""What stands beside the emotion's own direction, at the same achieved change."""
+UNSTEERED = ("unsteered", "unsteered_again")
+"""Two samples of every prompt without steering: the second says how far two texts differ by chance."""
+MEASURES = (
+    "perplexity_ratio",
+    "repetition",
+    "longest_loop",
+    "compression",
+    "distinct_1",
+    "distinct_2",
+    "kl",
+    "change",
+    "n_tokens",
+)
+"""What is averaged over the texts of a cell; the ratio is a geometric mean."""
+ROWS_AT_ONCE = 96
+"""Texts per batch: more are hardly faster on a CPU."""
+CALIBRATION_TEXTS = 8
+"""Unsteered texts on which the strength of several layers is set."""
+
+
+@dataclass(frozen=True)
+class DoseResponse:
+    """Texts at every strength, and what was measured of each."""
+
+    table: pd.DataFrame
+    """One row per text: kind (`steered`, a control, or one of UNSTEERED), emotion (target; empty where there is none), vector (whose direction), strength,
+    scale (what the norms were multiplied with: the strength, or what calibrate found for several layers), prompt (number), group, text, n_tokens, finished,
+    finite, nll (mean per token, nats), nll_unsteered (of the unsteered text of the same prompt), repetition, longest_loop, compression, distinct_1,
+    distinct_2, kl, change."""
+    tokens: Int[Tensor, "text position"]
+    """Token ids of each text; -1 behind its end."""
+    limits: Float[Tensor, " length"]
+    """Repetition that 99 % of ordinary stretches of that many tokens stay below (repetition.repetition_limits)."""
+    norms: Float[Tensor, " layer"]
+    """Reference norms behind the strengths (steering.residual_norms)."""
+    prompts: tuple[str, ...]
+    """What was continued."""
+    emotions: tuple[str, ...]
+    """Targets."""
+    strengths: tuple[float, ...]
+    """Shares of the residual norm, in order."""
+    layers: tuple[int, ...]
+    """0-based steered blocks."""
+    scope: str
+    """`response`, `prompt` or `all`."""
+    mode: str
+    """`add` or `clamp`."""
+    form: str
+    """How prompts stood before the texts: `chat`, `plain` or `continue`."""
+    longest: int
+    """Tokens asked for."""
+    unit: str
+    """`token` or `byte`: what nll is a mean over."""
+    scorer: str
+    """Model behind the perplexities."""
+    seed: int
+    """Of sampling and of controls."""
+    name: str
+    """Name of the prompts."""
+    provenance: Provenance
+    """Model, numerics, prompts, seed, versions."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All texts, in the table's order: what judges read."""
+        return tuple(self.table["text"])
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """`steered` and the controls that were run."""
+        return tuple(k for k in dict.fromkeys(self.table["kind"]) if k not in UNSTEERED)
+
+    def column(self, name: str) -> np.ndarray:
+        """One column of the table as an array."""
+        return self.table[name].to_numpy()
+
+    @property
+    def log_ratio(self) -> Float[np.ndarray, " text"]:
+        """Log of each text's perplexity over that of the unsteered text of its prompt; NaN where either is empty."""
+        return self.column("nll").astype(float) - self.column("nll_unsteered").astype(float)
+
+    @property
+    def repeats(self) -> Float[np.ndarray, " text"]:
+        """1 where a text repeats more than its limit for that many tokens, 0 where it does not, NaN where it is too short to say."""
+        repetition = self.column("repetition").astype(float)
+        limit = self.limits.numpy()[self.column("n_tokens").astype(int)]
+        return np.where(np.isnan(repetition), np.nan, (repetition > limit).astype(float))
+
+    @property
+    def base_rate(self) -> float:
+        """Share of unsteered texts that repeat more than their limit: small models loop by themselves."""
+        plain = self.repeats[np.isin(self.column("kind"), UNSTEERED)]
+        return float(np.nanmean(plain)) if np.isfinite(plain).any() else math.nan
+
+    def cells(self) -> dict[tuple[str, str, float], Int[np.ndarray, " row"]]:
+        """Rows of the table by (kind, emotion, strength), in order of appearance."""
+        found: dict[tuple[str, str, float], list[int]] = {}
+        keys = zip(self.column("kind"), self.column("emotion"), self.column("strength"), strict=True)
+        for row, (kind, emotion, strength) in enumerate(keys):
+            found.setdefault((str(kind), str(emotion), float(strength)), []).append(row)
+        return {key: np.array(rows) for key, rows in found.items()}
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per cell (kind, emotion, strength): every name of MEASURES with `_low` and `_high` (95 %, t over groups of prompts), n, n_empty."""
+        groups, rows = self.column("group"), []
+        measured = {m: self.column(m).astype(float) for m in MEASURES[1:]} | {MEASURES[0]: self.log_ratio}
+        for (kind, emotion, strength), members in self.cells().items():
+            row: dict[str, Any] = {"kind": kind, "emotion": emotion, "strength": strength}
+            for measure in MEASURES:
+                means = cluster_means(measured[measure][members], groups[members].tolist())
+                limits = [math.nan] * 3
+                if len(means):
+                    found = mean_interval(means)
+                    limits = [float(found.estimate), float(found.low), float(found.high)]
+                if measure == MEASURES[0]:
+                    limits = [math.exp(x) for x in limits]
+                row |= dict(zip((measure, f"{measure}_low", f"{measure}_high"), limits, strict=True))
+            rows.append(row | {"n": len(members), "n_empty": int((self.column("n_tokens")[members] == 0).sum())})
+        return pd.DataFrame(rows)
+
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Save as a folder (see results.py)."""
+        return save_result(self, folder, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "DoseResponse":
+        """Load what `save` wrote."""
+        return load_result(cls, folder)
+
+    def __str__(self) -> str:
+        log_ratio, repetition = self.log_ratio, self.column("repetition").astype(float)
+        parts = []
+        for strength in self.strengths:
+            rows = (self.column("kind") == "steered") & (self.column("strength") == strength)
+            known = rows & np.isfinite(log_ratio)
+            ratio = math.exp(log_ratio[known].mean()) if known.any() else math.nan
+            repeated = repetition[rows & np.isfinite(repetition)]
+            parts.append(f"{strength:+g}: {ratio:.2f}, {repeated.mean() if len(repeated) else math.nan:.2f}")
+        layers = f"layer {self.layers[0]}" if len(self.layers) == 1 else f"layers {self.layers[0]} to {self.layers[-1]}"
+        n_empty = int((self.column("n_tokens") == 0).sum())
+        return (
+            f"{self.provenance.title}, {self.name}: {len(self.emotions)} emotions x {len(self.strengths)} strengths at {layers}, "
+            f"{len(self.prompts)} prompts of up to {self.longest} tokens, {len(self.table)} texts, {n_empty} empty\n"
+            f"strength: perplexity ratio, repeated 3-grams: {'; '.join(parts)}\n"
+            f"without steering {self.base_rate:.2f} of the texts repeat more than 99 % of ordinary prose does"
+        )
+
+    def _repr_html_(self) -> str:
+        cells = self.to_frame()[
+            ["kind", "emotion", "strength", "perplexity_ratio", "repetition", "kl", "change", "n", "n_empty"]
+        ]
+        return (
+            f"<p>{html.escape(str(self)).replace(chr(10), '<br>')}</p>{cells.round(3).to_html(index=False, border=0)}"
+        )
+
+
+class _Row(NamedTuple):
+    kind: str
+    emotion: str
+    vector: str
+    strength: float
+    prompt: int
+
+
+def sweep_strengths(
+    model: LensModel,
+    vectors: EmotionVectors,
+    prompts: Scenarios | Sequence[str],
+    *,
+    emotions: Sequence[str],
+    layers: int | Sequence[int] | None = None,
+    strengths: Sequence[float] | str = "auto",
+    controls: Sequence[str] = ("random",),
+    scope: Scope = "response",
+    mode: Mode = "add",
+    n_tokens: int = 48,
+    form: Form | None = None,
+    scorer: LensModel | None = None,
+    temperature: float = 0.7,
+    top_p: float = 0.95,
+    seed: int = 0,
+    rows_at_once: int = ROWS_AT_ONCE,
+    progress: Callable[[int, int], None] | None = None,
+) -> DoseResponse:
+    """Generate and score texts for every emotion, strength and prompt, with controls, in shared batches.
+
+    Args:
+        model: what is steered.
+        vectors: directions of this model, read at resid_post.
+        prompts: scenarios (requests for chat models, openings for base models), or texts.
+        emotions: targets, of the vectors' emotions.
+        layers: one block, several (each strength is calibrated so that the last one's output changes by it), or None for the middle one.
+        strengths: shares of the residual norm, none of them 0; AUTO_STRENGTHS by default.
+        controls: names from CONTROLS.
+        scope: `response`, `prompt` or `all`.
+        mode: `add` or `clamp`.
+        n_tokens: length limit of each text.
+        form: `chat`, `plain` or `continue`; by default `chat` where the model has a template, else `continue` for scenarios, `plain` for texts.
+        scorer: another model whose perplexity is taken; with another tokenizer it is per byte.
+        temperature: of sampling.
+        top_p: nucleus.
+        seed: of sampling and of controls.
+        rows_at_once: texts per batch.
+        progress: called with (texts done, texts in all).
+
+    Raises:
+        ValueError: no prompt, an unknown emotion, layer or control, a strength that makes no sense, vectors of another model or site, or prompts
+            beyond the context window.
+
+    Example:
+        >>> sweep_strengths(model, vectors, load_scenarios("neutral"), emotions=["calm"], layers=14)  # doctest: +SKIP
+    """
+    clock = Stopwatch()
+    chosen_form = form or (
+        "continue" if isinstance(prompts, Scenarios) and form_of(model) == "plain" else form_of(model)
+    )
+    texts = (
+        prompts.prompts("continue" if chosen_form == "continue" else "chat")
+        if isinstance(prompts, Scenarios)
+        else tuple(prompts)
+    )
+    groups = prompts.groups if isinstance(prompts, Scenarios) else tuple(f"prompt {i}" for i in range(len(texts)))
+    doses = AUTO_STRENGTHS if isinstance(strengths, str) else tuple(float(s) for s in strengths)
+    chosen = choose_layers(layers, int(model.cfg.n_layers))
+    _check(model, vectors, texts, emotions, doses, controls, mode)
+    writer = _Writer(model, vectors, texts, chosen, scope, mode, chosen_form, seed)
+    sampling: dict[str, Any] = {"max_new_tokens": n_tokens, "temperature": temperature, "top_p": top_p}
+    rows = [_Row(kind, "", "", 0.0, p) for kind in UNSTEERED for p in range(len(texts))]
+    plain = writer.write(rows, sampling, rows_at_once, progress, (0, 1))
+    writer.reference = plain[: len(texts)]
+    rows = _planned(emotions, doses, controls, len(texts), vectors.emotions, seed)
+    total = len(rows) + len(plain)
+    written = [*plain, *writer.write(rows, sampling, rows_at_once, progress, (len(plain), total))]
+    heads = [encode_prompt(model, text, form=chosen_form)[0] for text in texts]
+    scores = score_texts(
+        model,
+        [heads[w.row.prompt] for w in written],
+        [w.tokens for w in written],
+        interventions=writer.interventions(written),
+    )
+    table = _measured(written, scores, groups)
+    unit = _add_perplexity(table, written, texts, model, scorer, chosen_form)
+    references = [token_ids(model.tokenizer, text) for text in load_stimuli("passages").texts]
+    return DoseResponse(
+        table=table,
+        tokens=_padded([w.tokens for w in written]),
+        limits=torch.from_numpy(repetition_limits(references, n_tokens)).float(),
+        norms=residual_norms(model),
+        prompts=texts,
+        emotions=tuple(emotions),
+        strengths=tuple(sorted(doses)),
+        layers=chosen,
+        scope=scope,
+        mode=mode,
+        form=chosen_form,
+        longest=n_tokens,
+        unit=unit,
+        scorer=model_info(model if scorer is None else scorer).provenance.title,
+        seed=seed,
+        name=prompts.name if isinstance(prompts, Scenarios) else "prompts",
+        provenance=model_info(model).provenance.updated(
+            stimuli_hash=content_hash(texts, groups), seed=seed, elapsed_seconds=clock.seconds
+        ),
+    )
+
+
+def _check(
+    model: LensModel,
+    vectors: EmotionVectors,
+    texts: Sequence[str],
+    emotions: Sequence[str],
+    doses: Sequence[float],
+    controls: Sequence[str],
+    mode: str,
+) -> None:
+    if not texts or not all(text.strip() for text in texts):
+        raise ValueError(f"received {len(texts)} prompts, or an empty one; allowed are one or more texts")
+    if isinstance(emotions, str) or not emotions:
+        raise ValueError(
+            f"received emotions={emotions!r}; allowed is a list with at least one of {list(vectors.emotions)}"
+        )
+    for emotion in emotions:
+        vectors.vector(emotion, vectors.layers[0])
+    if not doses or len(set(doses)) != len(doses) or 0.0 in doses:
+        raise ValueError(
+            f"received strengths {list(doses)}; allowed are different ones other than 0, which is always run"
+        )
+    for dose in doses:
+        check_strength(dose)
+    unknown = [c for c in controls if c not in CONTROLS]
+    if unknown:
+        raise ValueError(f"received controls {unknown}; allowed are {list(CONTROLS)}")
+    if mode not in ("add", "clamp"):
+        raise ValueError(f"received mode={mode!r}; allowed are 'add' and 'clamp', which have a strength")
+    vectors.require_match(model_info(model).provenance)
+    if vectors.site != "resid_post":
+        raise ValueError(f"received vectors read at {vectors.site}; steering adds to resid_post: fit vectors there")
+
+
+def _planned(
+    emotions: Sequence[str], doses: Sequence[float], controls: Sequence[str], n: int, known: Sequence[str], seed: int
+) -> list[_Row]:
+    rows = [_Row("steered", e, e, s, p) for e in emotions for s in doses for p in range(n)]
+    if "random" in controls:
+        rows += [_Row("random", "", f"random {p}", s, p) for s in doses for p in range(n)]
+    if "other_emotion" in controls:
+        for emotion in emotions:
+            others = [e for e in known if e not in (emotion, NEUTRAL)]
+            drawn = derive_generator(seed, "other emotion", emotion).integers(0, len(others), n)
+            rows += [_Row("other_emotion", emotion, others[drawn[p]], s, p) for s in doses for p in range(n)]
+    return rows
+
+
+class _Written(NamedTuple):
+    row: _Row
+    text: str
+    tokens: tuple[int, ...]
+    finished: bool
+    finite: bool
+    scale: float
+    vectors: Tensor
+    """What was added at each layer, `[layer, d_model]`; empty without steering."""
+
+
+class _Writer:
+    """Generates rows in batches, each with its own direction and strength."""
+
+    def __init__(
+        self,
+        model: LensModel,
+        vectors: EmotionVectors,
+        prompts: Sequence[str],
+        layers: tuple[int, ...],
+        scope: Scope,
+        mode: Mode,
+        form: Form,
+        seed: int,
+    ) -> None:
+        self.model, self.vectors, self.prompts, self.layers = model, vectors, prompts, layers
+        self.scope: Scope = scope
+        self.mode: Mode = mode
+        self.form: Form = form
+        self.seed = seed
+        self.norms = residual_norms(model)[list(layers)]
+        self.reference: list[_Written] = []
+        self._scales: dict[tuple[str, float], float] = {}
+
+    def write(
+        self,
+        rows: Sequence[_Row],
+        sampling: dict[str, Any],
+        rows_at_once: int,
+        progress: Callable[[int, int], None] | None,
+        done: tuple[int, int],
+    ) -> list[_Written]:
+        """Texts of these rows. Rows of one prompt and kind of sample share their random numbers."""
+        found: list[_Written] = []
+        for start in range(0, len(rows), rows_at_once):
+            part = list(rows[start : start + rows_at_once])
+            added = [self._added(row) for row in part]
+            text = generate(
+                self.model,
+                [self.prompts[row.prompt] for row in part],
+                interventions=self._interventions([v for _, v in added]),
+                row_seeds=[f"{row.prompt}{' again' if row.kind == 'unsteered_again' else ''}" for row in part],
+                form=self.form,
+                seed=self.seed,
+                **sampling,
+            )
+            found += [_written(text, i, row, *added[i]) for i, row in enumerate(part)]
+            if progress and done[1] > 1:
+                progress(done[0] + len(found), done[1])
+        return found
+
+    def interventions(self, written: Sequence[_Written]) -> list[Intervention]:
+        """What was added to each of these texts while they were written."""
+        return self._interventions([w.vectors for w in written])
+
+    def _interventions(self, added: Sequence[Tensor]) -> list[Intervention]:
+        rows = tuple(i for i, v in enumerate(added) if len(v))
+        if not rows:
+            return []
+        vectors = torch.stack([added[i] for i in rows])
+        return [
+            Intervention(layer, "resid_post", vectors[:, k], self.mode, self.scope, rows)
+            for k, layer in enumerate(self.layers)
+        ]
+
+    def _added(self, row: _Row) -> tuple[float, Tensor]:
+        if row.kind in UNSTEERED:
+            return 0.0, torch.empty(0)
+        if row.kind == "random":
+            drawn = derive_generator(self.seed, "random direction", row.prompt).standard_normal(
+                self.vectors.directions.shape[-1]
+            )
+            unit = torch.from_numpy(drawn / np.linalg.norm(drawn)).float().expand(len(self.layers), -1)
+        else:
+            unit = torch.stack([self.vectors.vector(row.vector, layer) for layer in self.layers])
+        # One calibration serves all random directions: they differ by chance only.
+        key = ("random" if row.kind == "random" else row.vector, row.strength)
+        if key not in self._scales:
+            self._scales[key] = self._calibrated(unit, row.strength)
+        return self._scales[key], self._scales[key] * self.norms[:, None] * unit
+
+    def _calibrated(self, unit: Float[Tensor, "layer d_model"], strength: float) -> float:
+        if len(self.layers) == 1:
+            return strength
+        texts = [w for w in self.reference if w.tokens][:CALIBRATION_TEXTS]
+        if not texts:
+            raise ValueError(
+                "every unsteered text is empty, so several layers cannot be calibrated; use one layer, or other prompts"
+            )
+        heads = [encode_prompt(self.model, self.prompts[w.row.prompt], form=self.form)[0] for w in texts]
+        lengths = [len(h) + len(w.tokens) for h, w in zip(heads, texts, strict=True)]
+        tokens = torch.zeros(len(texts), max(lengths), dtype=torch.long)
+        for i, (head, one) in enumerate(zip(heads, texts, strict=True)):
+            tokens[i, : lengths[i]] = torch.tensor([*head, *one.tokens])
+        place = torch.arange(tokens.shape[1])
+        mask = place < torch.tensor(lengths)[:, None]
+        responses = mask & (place >= torch.tensor([len(h) for h in heads])[:, None])
+        return calibrate(self.model, unit, self.layers, strength, tokens, mask.long(), responses)
+
+
+def _written(text: Generated, i: int, row: _Row, scale: float, vectors: Tensor) -> _Written:
+    return _Written(row, text.texts[i], text.tokens[i], text.finished[i], text.finite[i], scale, vectors)
+
+
+def _measured(written: Sequence[_Written], scores: TextScores, groups: Sequence[str]) -> pd.DataFrame:
+    rows = []
+    for i, one in enumerate(written):
+        row = one.row._asdict() | {
+            "scale": one.scale,
+            "group": groups[one.row.prompt],
+            "text": one.text,
+            "n_tokens": len(one.tokens),
+        }
+        row |= {"finished": one.finished, "finite": one.finite, "nll": float(scores.nll[i]), "nll_unsteered": math.nan}
+        row |= {
+            "repetition": repetition_share(one.tokens),
+            "longest_loop": longest_loop(one.tokens),
+            "compression": compression_ratio(one.text),
+            "distinct_1": distinct_share(one.tokens, n=1),
+            "distinct_2": distinct_share(one.tokens, n=2),
+            "kl": float(scores.kl[i]),
+            "change": float(scores.change[i]),
+        }
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _add_perplexity(
+    table: pd.DataFrame,
+    written: Sequence[_Written],
+    prompts: Sequence[str],
+    model: LensModel,
+    scorer: LensModel | None,
+    form: Form,
+) -> str:
+    """nll under another scorer where there is one; nll of the unsteered text of the same prompt; what nll is a mean over."""
+    unit = "token"
+    if scorer is not None:
+        heads = [encode_prompt(scorer, text, form=form if form != "chat" else form_of(scorer))[0] for text in prompts]
+        alike = scorer.tokenizer.get_vocab() == model.tokenizer.get_vocab()
+        responses = [w.tokens if alike else token_ids(scorer.tokenizer, w.text) for w in written]
+        scores = score_texts(scorer, [heads[w.row.prompt] for w in written], responses)
+        nll = scores.nll.double()
+        if not alike:
+            unit = "byte"
+            nll = nll * scores.n_tokens / torch.tensor([max(1, len(w.text.encode())) for w in written])
+        table["nll"] = nll.numpy()
+    plain = table["nll"].to_numpy(float)[: len(prompts)]  # the unsteered texts stand first
+    table["nll_unsteered"] = plain[table["prompt"].to_numpy(int)]
+    return unit
+
+
+def _padded(tokens: Sequence[Sequence[int]]) -> Int[Tensor, "text position"]:
+    found = torch.full((len(tokens), max(1, *map(len, tokens))), -1, dtype=torch.long)
+    for i, ids in enumerate(tokens):
+        found[i, : len(ids)] = torch.tensor(ids, dtype=torch.long)
+    return found
