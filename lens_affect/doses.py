@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -279,11 +280,10 @@ def sweep_strengths(
     )
     table = _measured(written, scores, groups)
     unit = _add_perplexity(table, written, texts, model, scorer, chosen_form)
-    references = [token_ids(model.tokenizer, text) for text in load_stimuli("passages").texts]
     return DoseResponse(
         table=table,
         tokens=_padded([w.tokens for w in written]),
-        limits=torch.from_numpy(repetition_limits(references, n_tokens)).float(),
+        limits=_limits(tuple(token_ids(model.tokenizer, text) for text in load_stimuli("passages").texts), n_tokens),
         norms=residual_norms(model),
         prompts=texts,
         emotions=tuple(emotions),
@@ -510,6 +510,11 @@ def _add_perplexity(
     plain = table["nll"].to_numpy(float)[: len(prompts)]  # the unsteered texts stand first
     table["nll_unsteered"] = plain[table["prompt"].to_numpy(int)]
     return unit
+
+
+@lru_cache(maxsize=4)
+def _limits(references: tuple[tuple[int, ...], ...], longest: int) -> Float[Tensor, " length"]:
+    return torch.from_numpy(repetition_limits(references, longest)).float()
 
 
 def _padded(tokens: Sequence[Sequence[int]]) -> Int[Tensor, "text position"]:

@@ -1,0 +1,221 @@
+"""Dose and response: rows of one prompt differ by the dose alone, every measure is that of the text, nothing is dropped."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lens_affect.adapter import encode_prompt
+from lens_affect.doses import CONTROLS, MEASURES, UNSTEERED, DoseResponse, sweep_strengths
+from lens_affect.generation import generate
+from lens_affect.models import load_model
+from lens_affect.repetition import repetition_share
+from lens_affect.scenarios import load_scenarios
+from lens_affect.scoring import score_texts
+from lens_affect.statistics import mean_interval
+from lens_affect.steering import make_push
+from tests.test_patching import vectors_of
+from tests.tiny import make_hf_model, make_tokenizer
+
+PROMPTS = ["Hello there", "Write about a cat in the garden", "Why"]
+SMALL = {"emotions": ["calm", "sad"], "strengths": [-0.5, 0.5], "n_tokens": 14, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def dose(tiny_model):
+    model = tiny_model("llama")
+    return sweep_strengths(model, vectors_of(model), PROMPTS, layers=1, controls=list(CONTROLS), **SMALL)
+
+
+def test_every_cell_has_every_prompt_and_nothing_is_dropped(dose):
+    assert len(dose.table) == 2 * 3 + 2 * 2 * 3 + 2 * 3 + 2 * 2 * 3
+    cells = dose.to_frame()
+    assert (cells["n"] == 3).all()
+    assert set(cells["kind"]) == {*UNSTEERED, "steered", *CONTROLS}
+    assert {"perplexity_ratio", "perplexity_ratio_low", "repetition", "kl", "change", "n_empty"} <= set(cells)
+    assert dose.kinds == ("steered", "random", "other_emotion")
+
+
+def test_a_text_of_the_sweep_is_what_its_row_alone_would_write(tiny_model, dose):
+    model = tiny_model("llama")
+    push = make_push(model, vectors_of(model), "sad", layers=1, strength=-0.5)
+    alone = generate(
+        model, [PROMPTS[1]], interventions=push.interventions(), max_new_tokens=14, row_seeds=["1"], seed=1
+    )
+    rows = dose.table.query("kind == 'steered' and emotion == 'sad' and strength == -0.5 and prompt == 1")
+    assert rows["text"].item() == alone.texts[0]
+    assert tuple(t for t in dose.tokens[rows.index[0]].tolist() if t >= 0) == alone.tokens[0]
+    plain = generate(model, [PROMPTS[1]], max_new_tokens=14, row_seeds=["1"], seed=1)
+    assert dose.table.query("kind == 'unsteered' and prompt == 1")["text"].item() == plain.texts[0]
+    again = dose.table.query("kind == 'unsteered_again' and prompt == 1")["text"].item()
+    assert again != plain.texts[0]
+
+
+def test_measures_are_those_of_the_text(tiny_model, dose):
+    model = tiny_model("llama")
+    i = int(dose.table.query("kind == 'steered' and emotion == 'calm' and strength == 0.5 and prompt == 2").index[0])
+    row = dose.table.loc[i]
+    tokens = tuple(t for t in dose.tokens[i].tolist() if t >= 0)
+    head = encode_prompt(model, PROMPTS[2])[0]
+    push = make_push(model, vectors_of(model), "calm", layers=1, strength=0.5)
+    scores = score_texts(model, [head], [tokens], interventions=push.interventions())
+    assert row["nll"] == pytest.approx(float(scores.nll[0]), abs=1e-5)
+    assert row["kl"] == pytest.approx(float(scores.kl[0]), rel=1e-3)
+    assert row["change"] == pytest.approx(float(scores.change[0]), rel=1e-4)
+    assert row["repetition"] == pytest.approx(repetition_share(tokens), nan_ok=True)
+    unsteered = dose.table.query("kind == 'unsteered' and prompt == 2")["nll"].item()
+    assert dose.log_ratio[i] == pytest.approx(row["nll"] - unsteered)
+    plain = dose.table[dose.table["kind"].isin(UNSTEERED)]
+    assert plain["kl"].abs().max() == 0 == plain["change"].abs().max()
+
+
+def test_one_layer_changes_by_the_strength_whatever_the_direction(dose):
+    change = dose.table[~dose.table["kind"].isin(UNSTEERED)].groupby("kind")["change"].mean()
+    assert change.max() / change.min() < 1.2
+
+
+def test_cells_are_geometric_means_over_prompts_with_a_t_interval(dose):
+    cell = dose.to_frame().query("kind == 'steered' and emotion == 'calm' and strength == 0.5").iloc[0]
+    rows = dose.cells()["steered", "calm", 0.5]
+    expected = mean_interval(dose.log_ratio[rows])
+    assert cell["perplexity_ratio"] == pytest.approx(math.exp(float(expected.estimate)))
+    assert cell["perplexity_ratio_low"] == pytest.approx(math.exp(float(expected.low)))
+    assert cell["kl"] == pytest.approx(dose.table.loc[rows, "kl"].mean())
+    assert all(f"{m}_high" in cell for m in MEASURES)
+
+
+def test_random_directions_are_the_same_for_all_strengths_and_another_emotion_is_another(dose):
+    other = dose.table[dose.table["kind"] == "other_emotion"]
+    assert (other["vector"] != other["emotion"]).all()
+    random = dose.table[dose.table["kind"] == "random"]
+    assert set(random["vector"]) == {"random 0", "random 1", "random 2"}
+
+
+def test_batches_and_seeds(tiny_model, dose):
+    model = tiny_model("llama")
+    parts = sweep_strengths(
+        model, vectors_of(model), PROMPTS, layers=1, controls=list(CONTROLS), rows_at_once=5, **SMALL
+    )
+    assert parts.texts == dose.texts
+    other = sweep_strengths(model, vectors_of(model), PROMPTS, layers=1, controls=[], **(SMALL | {"seed": 2}))
+    assert other.texts[:3] != dose.texts[:3]
+
+
+def test_several_layers_reach_the_change_of_one(tiny_model):
+    model = tiny_model("gemma3")
+    found = sweep_strengths(
+        model,
+        vectors_of(model),
+        PROMPTS,
+        layers=[0, 1, 2],
+        controls=["random"],
+        emotions=["calm"],
+        strengths=[0.4],
+        n_tokens=14,
+    )
+    steered = found.table[~found.table["kind"].isin(UNSTEERED)]
+    assert (steered["scale"] != 0.4).all()
+    assert steered.groupby("kind")["change"].mean().tolist() == pytest.approx([0.4, 0.4], rel=0.15)
+
+
+def test_scenarios_are_openings_for_a_model_without_a_template_and_requests_for_one_with(tiny_model):
+    scenarios = load_scenarios("neutral").select(rows=[0, 1])
+    small = {"emotions": ["sad"], "strengths": [0.5], "n_tokens": 4, "controls": []}
+    for chat, form, texts in ((False, "continue", scenarios.openings), (True, "chat", scenarios.requests)):
+        model = tiny_model("llama", chat=chat)
+        found = sweep_strengths(model, vectors_of(model), scenarios, **small)
+        assert (found.form, found.prompts) == (form, texts)
+        assert set(found.table["group"]) == set(scenarios.groups)
+        assert found.name == "neutral"
+
+
+def test_another_scorer_counts_per_token_or_per_byte(tiny_model, dose):
+    model = tiny_model("llama")
+    small = {"layers": 1, "controls": [], **SMALL}
+    same = sweep_strengths(model, vectors_of(model), PROMPTS, scorer=tiny_model("qwen2"), **small)
+    assert same.unit == "token"
+    assert same.texts == dose.texts[: len(same.texts)]
+    assert not np.allclose(same.column("nll"), dose.column("nll")[: len(same.table)], equal_nan=True)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<another>"])
+    other = sweep_strengths(
+        model, vectors_of(model), PROMPTS, scorer=load_model(make_hf_model("qwen2"), tokenizer=tokenizer), **small
+    )
+    assert other.unit == "byte"
+    row = other.table.iloc[4]
+    head, body = encode_prompt(model, PROMPTS[row["prompt"]])[0], tokenizer(row["text"], add_special_tokens=False)
+    scores = score_texts(tiny_model("qwen2"), [head], [body["input_ids"]])
+    expected = float(scores.nll[0]) * int(scores.n_tokens[0]) / len(row["text"].encode())
+    assert row["nll"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_texts_that_end_at_once_are_counted_and_have_no_value(tiny_model, monkeypatch):
+    model = tiny_model("llama")
+    monkeypatch.setattr("lens_affect.generation.stop_tokens", lambda m: tuple(range(model.cfg.d_vocab)))
+    found = sweep_strengths(model, vectors_of(model), PROMPTS, layers=1, controls=[], **SMALL)
+    cells = found.to_frame()
+    assert (cells["n_empty"] == 3).all()
+    assert cells["perplexity_ratio"].isna().all()
+    assert "0 empty" not in str(found)
+    assert found.table["finished"].all()
+
+
+def test_logits_that_are_not_finite_are_marked_and_the_run_goes_on():
+    hf = make_hf_model("llama")
+    model = load_model(hf, tokenizer=make_tokenizer())
+    vectors = vectors_of(model)
+    broken = []
+
+    def explode(module, inputs, output):
+        broken.append(1)
+        output.logits[0] = float("nan")
+        return output
+
+    from lens_affect.steering import residual_norms
+
+    residual_norms(model)
+    handle = model.original_model.register_forward_hook(explode)
+    found = generate(model, PROMPTS, max_new_tokens=5)
+    handle.remove()
+    assert broken
+    assert found.finite[0] is False
+    assert found.tokens[0] == ()
+    assert vectors.emotions
+
+
+def test_a_sweep_comes_back_from_disk_and_shows_itself(dose, tmp_path):
+    again = DoseResponse.load(dose.save(tmp_path / "dose"))
+    assert again.to_frame().equals(dose.to_frame())
+    assert str(again) == str(dose)
+    assert "2 emotions x 2 strengths at layer 1" in str(dose)
+    assert len(str(dose).splitlines()) <= 5
+    assert "<table" in dose._repr_html_()
+    assert torch.equal(again.norms, dose.norms)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"emotions": []}, r"received emotions=\[\]; allowed is a list"),
+        ({"emotions": "calm"}, "received emotions='calm'; allowed is a list"),
+        ({"emotions": ["hungry"]}, "received emotion 'hungry'; there are vectors for"),
+        ({"strengths": [0.0]}, r"received strengths \[0.0\]; allowed are different ones other than 0"),
+        ({"strengths": [float("nan")]}, "received strength nan"),
+        ({"controls": ["topic"]}, r"received controls \['topic'\]; allowed are"),
+        ({"mode": "ablate"}, "received mode='ablate'; allowed are 'add' and 'clamp'"),
+        ({"layers": 9}, r"received layers \[9\]"),
+    ],
+)
+def test_a_sweep_that_makes_no_sense_is_refused_before_any_text_is_written(tiny_model, change, message):
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match=message):
+        sweep_strengths(model, vectors_of(model), PROMPTS, **(SMALL | change))
+
+
+def test_no_prompts_and_prompts_beyond_the_window_are_refused(tiny_model):
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="received 0 prompts"):
+        sweep_strengths(model, vectors_of(model), [], **SMALL)
+    with pytest.raises(ValueError, match="the context window holds"):
+        sweep_strengths(model, vectors_of(model), ["word " * 5000], **SMALL)
