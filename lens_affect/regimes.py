@@ -1,0 +1,404 @@
+"""Regimes of steering: what a push does to a text, by its perplexity against the unsteered text, its repetition, and what a judge gains.
+
+Perplexity alone cannot tell: a loop has a low one. So each text first gets a damage label, a cell (an emotion at a strength) takes the most
+frequent one, and only a cell of sound texts is asked whether the push did what it should.
+"""
+
+import html
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+
+from lens_affect.adapter import LensModel
+from lens_affect.doses import UNSTEERED, DoseResponse
+from lens_affect.generation import generate
+from lens_affect.judgements import Judgement
+from lens_affect.results import Provenance, load_result, save_result
+from lens_affect.scenarios import load_scenarios
+from lens_affect.statistics import cluster_means, mean_interval, resample_clusters
+from lens_affect.steering import make_push
+from lens_affect.vectors import EmotionVectors
+
+DAMAGE = {
+    "invalid": "no text, or logits that are not finite",
+    "repetitive_collapse": "repeats more than 99 % of ordinary prose of that length does, whatever the perplexity",
+    "explosive": "perplexity above r_high times that of the unsteered text, without repetition",
+    "degraded": "perplexity ratio between r_ok and r_high, or below 1 / r_ok, without repetition",
+    "sound": "perplexity ratio within 1 / r_ok and r_ok, without repetition",
+}
+"""What can be said of a single text, worst first."""
+REGIMES = {
+    **{name: DAMAGE[name] for name in ("invalid", "repetitive_collapse", "explosive", "degraded")},
+    "surgical": "sound texts, and the judge sees more of the target than under random directions",
+    "inert": "sound texts, and no such gain",
+    "undecided": "sound texts, and no judge that can name the emotion",
+}
+"""What can be said of a cell."""
+R_OK = 1.5
+"""Smallest upper end of the band in which a perplexity ratio is called unchanged."""
+CHANCE = 0.975
+"""Quantile of the ratios between two unsteered texts of one prompt that the band covers."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What the rule compares with; fixed by unsteered text alone, before a steered one is looked at."""
+
+    r_ok: float
+    """Upper end of the band of unchanged perplexity; its lower end is 1 / r_ok."""
+    r_high: float
+    """Perplexity ratio above which a text is called explosive: r_ok squared."""
+    repetition: float
+    """Repeated share that 99 % of ordinary texts of full length stay below."""
+
+    @classmethod
+    def of(cls, dose: DoseResponse) -> "Thresholds":
+        """From the two unsteered samples of every prompt, and from ordinary prose."""
+        first, again = (dose.column("nll")[dose.column("kind") == kind].astype(float) for kind in UNSTEERED)
+        ratios = np.exp(np.concatenate([again - first, first - again]))
+        ratios = ratios[np.isfinite(ratios)]
+        r_ok = max(R_OK, float(np.quantile(ratios, CHANCE))) if len(ratios) else R_OK
+        return cls(r_ok, r_ok**2, float(dose.limits[-1]))
+
+
+def damage_of(perplexity_ratio: float, repetition: float, thresholds: Thresholds, *, limit: float | None = None) -> str:
+    """Damage label of one text.
+
+    Args:
+        perplexity_ratio: steered over unsteered; NaN for an empty text.
+        repetition: repeated share of 3-grams; NaN for a text too short to have one.
+        thresholds: r_ok, r_high, repetition.
+        limit: repetition limit for this text's length, in the place of the thresholds' one.
+    """
+    if not math.isfinite(perplexity_ratio):
+        return "invalid"
+    if repetition > (thresholds.repetition if limit is None else limit):  # false for NaN
+        return "repetitive_collapse"
+    if perplexity_ratio > thresholds.r_high:
+        return "explosive"
+    return "sound" if 1 / thresholds.r_ok <= perplexity_ratio <= thresholds.r_ok else "degraded"
+
+
+def regime_of(perplexity_ratio: float, repetition: float, gain: float | None, thresholds: Thresholds) -> str:
+    """The plain rule for one cell or text.
+
+    Args:
+        perplexity_ratio: steered over unsteered, under the unsteered scorer; NaN where there is no text.
+        repetition: repeated share of token 3-grams.
+        gain: of the judge's target probability above the random-direction null (its lower limit, where there is an interval); None without a
+            judge that can name the emotion.
+        thresholds: Thresholds.of(dose), or one's own.
+
+    Example:
+        >>> regime_of(1.1, 0.02, 0.2, Thresholds(1.5, 2.25, 0.1))
+        'surgical'
+        >>> regime_of(0.3, 0.9, 0.2, Thresholds(1.5, 2.25, 0.1))
+        'repetitive_collapse'
+    """
+    damage = damage_of(perplexity_ratio, repetition, thresholds)
+    if damage != "sound":
+        return damage
+    return "undecided" if gain is None or math.isnan(gain) else "surgical" if gain > 0 else "inert"
+
+
+@dataclass(frozen=True)
+class RegimeMap:
+    """Regime of every emotion and strength."""
+
+    table: pd.DataFrame
+    """One row per cell: kind, emotion, strength, regime, perplexity_ratio, repetition, change (means), gain, gain_low, gain_high (judge's target probability
+    against random directions), share_* of texts per damage label, p_* of regimes over resampled groups of prompts, n."""
+    damage: tuple[str, ...]
+    """Damage label of each text, in the order of the dose-response table."""
+    thresholds: Thresholds
+    """What the rule compared with."""
+    null: str
+    """What a gain is compared with."""
+    judge: str
+    """Title of the judge; empty without one."""
+    base_rate: float
+    """Share of unsteered texts that loop by themselves."""
+    layers: tuple[int, ...]
+    """0-based steered blocks."""
+    name: str
+    """Name of the prompts."""
+    provenance: Provenance
+    """Of the dose-response."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """The table."""
+        return self.table
+
+    def regime(self, emotion: str, strength: float) -> str:
+        """Regime of one steered cell.
+
+        Raises:
+            ValueError: a cell that is not there.
+        """
+        rows = (self.table["kind"] == "steered") & (self.table["emotion"] == emotion) & (self.table["strength"] == strength)
+        if not rows.any():
+            raise ValueError(f"received {emotion!r} at {strength}; this map has {sorted(set(self.table['emotion']) - {''})} at {self.strengths}")
+        return str(self.table["regime"].to_numpy()[rows.to_numpy()][0])
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Strengths in order."""
+        return tuple(sorted(set(self.table["strength"].to_numpy(float).tolist())))
+
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Save as a folder (see results.py)."""
+        return save_result(self, folder, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "RegimeMap":
+        """Load what `save` wrote."""
+        return load_result(cls, folder)
+
+    def __str__(self) -> str:
+        own = self.table[self.table["kind"] == "steered"]
+        parts = []
+        for strength in self.strengths:
+            counts = Counter(own["regime"].to_numpy()[own["strength"].to_numpy() == strength].tolist())
+            parts.append(f"{strength:+g}: {', '.join(f'{name} {n}' for name, n in counts.most_common())}")
+        return (
+            f"{self.provenance.title}, {self.name}: regimes of {len(set(own['emotion']))} emotions at {len(self.strengths)} strengths "
+            f"({f'judge: {self.judge}, {self.null}' if self.judge else 'no judge'})\n"
+            f"{'; '.join(parts)}\n"
+            f"ratio unchanged up to {self.thresholds.r_ok:.2f}, explosive above {self.thresholds.r_high:.2f}; repetitive above "
+            f"{self.thresholds.repetition:.3f} of 3-grams; {self.base_rate:.2f} of unsteered texts loop by themselves"
+        )
+
+    def _repr_html_(self) -> str:
+        own = self.table[self.table["kind"] == "steered"].pivot(index="emotion", columns="strength", values="regime")
+        return f"<p>{html.escape(str(self)).replace(chr(10), '<br>')}</p>{own.to_html(border=0)}"
+
+
+def classify_regimes(
+    dose: DoseResponse, judgement: Judgement | None = None, *, thresholds: Thresholds | None = None, n_resamples: int = 2000
+) -> RegimeMap:
+    """Regime of every cell by the table of damage labels, with bootstrap probabilities.
+
+    A text's ratio is taken against the unsteered text of its prompt (against the mean of all unsteered ones where that is empty). A cell's regime is
+    its most frequent damage label, the worse one where two are as frequent; a cell of sound texts is `surgical` where the interval (t over groups
+    of prompts) of judge's target probability minus that of random directions at the same strength lies above 0.
+
+    Args:
+        dose: of sweep_strengths.
+        judgement: of `dose.texts`, in that order; None leaves sound cells undecided.
+        thresholds: by default Thresholds.of(dose).
+        n_resamples: draws of whole groups behind the probabilities.
+
+    Raises:
+        ValueError: a judgement of other texts.
+    """
+    limits = thresholds or Thresholds.of(dose)
+    if judgement is not None and len(judgement.probabilities) != len(dose.table):
+        raise ValueError(
+            f"received a judgement of {len(judgement.probabilities)} texts for {len(dose.table)}; use judge_texts(judge, dose.texts)"
+        )
+    damage = _damage(dose, limits)
+    cells, groups = dose.cells(), dose.column("group")
+    log_ratio, repetition, change = dose.log_ratio, dose.column("repetition").astype(float), dose.column("change").astype(float)
+    rows = []
+    for (kind, emotion, strength), members in cells.items():
+        if kind in UNSTEERED:
+            continue
+        gain = _gain(dose, judgement, cells, kind, emotion, strength)
+        row: dict[str, Any] = {"kind": kind, "emotion": emotion, "strength": strength}
+        labels, of_group = damage[members], groups[members]
+        row["regime"] = _regime(labels, _lowest(gain, of_group))
+        row["perplexity_ratio"] = math.exp(_mean(log_ratio[members]))
+        row |= {"repetition": _mean(repetition[members]), "change": _mean(change[members])}
+        row |= dict(zip(("gain", "gain_low", "gain_high"), _limits(gain, of_group), strict=True))
+        row |= {f"share_{name}": float((labels == name).mean()) for name in DAMAGE}
+        row |= _probabilities(labels, gain, of_group, n_resamples, dose.seed)
+        rows.append(row | {"n": len(members)})
+    return RegimeMap(
+        table=pd.DataFrame(rows),
+        damage=tuple(damage.tolist()),
+        thresholds=limits,
+        null="against random directions" if "random" in dose.kinds else "against the unsteered texts",
+        judge="" if judgement is None else judgement.title,
+        base_rate=dose.base_rate,
+        layers=dose.layers,
+        name=dose.name,
+        provenance=dose.provenance,
+    )
+
+
+def _damage(dose: DoseResponse, thresholds: Thresholds) -> np.ndarray:
+    plain = dose.column("nll").astype(float)[dose.column("kind") == UNSTEERED[0]]
+    usual = _mean(plain)
+    base = np.where(np.isnan(dose.column("nll_unsteered").astype(float)), usual, dose.column("nll_unsteered").astype(float))
+    ratios = np.exp(dose.column("nll").astype(float) - base)
+    ratios = np.where(dose.column("finite").astype(bool), ratios, np.nan)
+    # The reference limit of a length is the one measured on ordinary prose; the thresholds' own one replaces it where a user gives one.
+    scale = thresholds.repetition / float(dose.limits[-1]) if float(dose.limits[-1]) > 0 else 1.0
+    limits = dose.limits.numpy()[dose.column("n_tokens").astype(int)] * scale
+    repetition = dose.column("repetition").astype(float)
+    return np.array(
+        [damage_of(r, x, thresholds, limit=float(limit)) for r, x, limit in zip(ratios.tolist(), repetition.tolist(), limits, strict=True)]
+    )
+
+
+def _gain(
+    dose: DoseResponse,
+    judgement: Judgement | None,
+    cells: dict[tuple[str, str, float], Int[np.ndarray, " row"]],
+    kind: str,
+    emotion: str,
+    strength: float,
+) -> Float[np.ndarray, " text"] | None:
+    """Target probability minus that of the null's text of the same prompt; None where it cannot be judged."""
+    if judgement is None or emotion not in judgement.emotions:
+        return None
+    members = cells[kind, emotion, strength]
+    null = cells.get(("random", "", strength), cells["unsteered", "", 0.0])
+    probability = judgement.probability(emotion).double().numpy()
+    of_prompt = {int(dose.column("prompt")[i]): probability[i] for i in null}
+    return np.array([probability[i] - of_prompt[int(dose.column("prompt")[i])] for i in members])
+
+
+def _limits(gain: np.ndarray | None, groups: np.ndarray) -> tuple[float, float, float]:
+    means = np.empty(0) if gain is None else cluster_means(gain, groups.tolist())
+    if not len(means):
+        return (math.nan,) * 3
+    found = mean_interval(means)
+    return float(found.estimate), float(found.low), float(found.high)
+
+
+def _lowest(gain: np.ndarray | None, groups: np.ndarray) -> float | None:
+    return None if gain is None else _limits(gain, groups)[1]
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else math.nan
+
+
+def _regime(labels: np.ndarray, gain_low: float | None) -> str:
+    counts = {name: int((labels == name).sum()) for name in DAMAGE}
+    if 2 * counts["invalid"] > len(labels):
+        return "invalid"
+    worst = max((name for name in DAMAGE if name != "invalid"), key=lambda name: counts[name])  # the first, worse one of equals
+    if worst != "sound":
+        return worst
+    return "undecided" if gain_low is None or math.isnan(gain_low) else "surgical" if gain_low > 0 else "inert"
+
+
+def _probabilities(
+    labels: np.ndarray, gain: np.ndarray | None, groups: np.ndarray, n_resamples: int, seed: int
+) -> dict[str, float]:
+    """Share of resamples of whole groups in which each regime comes out."""
+    names = list(dict.fromkeys(groups.tolist()))
+    members = [np.flatnonzero(groups == name) for name in names]
+    found = Counter[str]()
+    for draw in resample_clusters(len(names), n_resamples, seed, "regimes"):
+        rows = np.concatenate([members[i] for i in draw])
+        # Drawn twice, a group counts as two clusters.
+        drawn = np.repeat(np.arange(len(draw)), [len(members[i]) for i in draw])
+        found[_regime(labels[rows], None if gain is None else _lowest(gain[rows], drawn))] += 1
+    return {f"p_{name}": found[name] / n_resamples for name in REGIMES}
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """A strength at which one regime gives way to another."""
+
+    low: float
+    """Largest strength at which the first regime was seen."""
+    high: float
+    """Smallest strength at which the second one was."""
+    below: str
+    """Regime at `low`."""
+    above: str
+    """Regime at `high`."""
+
+
+def find_boundaries(
+    label_at: Callable[[float], str], strengths: Sequence[float], *, precision: float = 0.1
+) -> tuple[Boundary, ...]:
+    """Where labels change along strength, by bisection between neighbours that differ.
+
+    Args:
+        label_at: label of a strength, such as the regime of a new sweep at it; called once per strength.
+        strengths: where to look first, in order.
+        precision: width of the last bracket, as a share of its middle.
+
+    Returns:
+        One boundary per pair of neighbours that differ; where a third label lies between two, both boundaries around it.
+
+    Raises:
+        ValueError: fewer than two strengths, or not in order.
+
+    Example:
+        >>> find_boundaries(lambda s: "surgical" if s < 0.37 else "explosive", [0.1, 0.8])[0].below
+        'surgical'
+    """
+    places = list(strengths)
+    if len(places) < 2 or sorted(set(places)) != places:
+        raise ValueError(f"received strengths {places}; allowed are two or more in increasing order")
+    known = {place: label_at(place) for place in places}
+    found = []
+    brackets = [(a, b) for a, b in zip(places, places[1:], strict=False) if known[a] != known[b]]
+    while brackets:
+        low, high = brackets.pop(0)
+        middle = (low + high) / 2
+        if high - low <= precision * max(abs(middle), precision):
+            found.append(Boundary(low, high, known[low], known[high]))
+            continue
+        known[middle] = label_at(middle)
+        brackets = [(a, b) for a, b in ((low, middle), (middle, high)) if known[a] != known[b]] + brackets
+    return tuple(found)
+
+
+def jeong_regime(texts: Sequence[str]) -> str:
+    """Regime of a model's samples by the rule in the paper's code (arXiv:2604.04064; PAPERS: it uses no perplexity).
+
+    More than half of the samples with some whitespace-token 3-gram at least three times: repetitive_collapse; else more than 30 % with fewer than three
+    whitespace tokens: explosive; else surgical.
+    """
+    words = [text.split() for text in texts]
+    loops = [max(Counter(zip(w, w[1:], w[2:], strict=False)).values(), default=0) >= 3 for w in words]  # noqa: PLR2004
+    if sum(loops) > 0.5 * len(texts):
+        return "repetitive_collapse"
+    return "explosive" if sum(len(w) < 3 for w in words) > 0.3 * len(texts) else "surgical"
+
+
+def run_jeong_regime(
+    model: LensModel,
+    vectors: EmotionVectors,
+    *,
+    strengths: Sequence[float] = (0.005, 0.01, 0.02, 0.03, 0.05),
+    max_new_tokens: int = 20,
+) -> tuple[str, pd.DataFrame]:
+    """The paper's regime measurement: threat steered to calm and weather to hostile, five strengths at all layers, 20 greedy tokens.
+
+    Returns:
+        The label, and the samples: columns scenario, emotion, strength, text.
+    """
+    scenarios = load_scenarios("jeong2026")
+    rows = []
+    for name, emotion, prompt in zip(scenarios.ids, scenarios.emotions, scenarios.openings, strict=True):
+        for strength in strengths:
+            push = make_push(model, vectors, emotion, strength=strength, protocol="jeong2026")
+            text = generate(
+                model,
+                [prompt],
+                interventions=push.interventions(),
+                max_new_tokens=max_new_tokens,
+                greedy=True,
+                use_cache=False,
+                form="continue",
+            )
+            rows.append([name, emotion, strength, text.texts[0]])
+    table = pd.DataFrame(rows, columns=["scenario", "emotion", "strength", "text"])
+    return jeong_regime(table["text"].tolist()), table
