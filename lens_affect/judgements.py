@@ -1,5 +1,6 @@
 """What judges say about texts, in our emotions, and how far two judges agree."""
 
+import html
 import itertools
 import math
 import os
@@ -26,7 +27,7 @@ from lens_affect.results import (
     package_versions,
     save_result,
 )
-from lens_affect.statistics import resample_clusters
+from lens_affect.statistics import mean_interval, resample_clusters
 
 
 def judge_names(judge: Judge) -> dict[str, tuple[str, ...]]:
@@ -101,6 +102,27 @@ class Judgement:
             }
         )
 
+    def by_emotion(self) -> pd.DataFrame:
+        """One row per emotion: mean probability over the n texts that are not empty with its 95 % t interval, share on top, match, auc."""
+        kept = self.probabilities[[bool(name) for name in self.top]].double().numpy()
+        mean = mean_interval(kept)
+        counts = Counter(self.top)
+        return pd.DataFrame(
+            {
+                "emotion": list(self.emotions),
+                "mean": mean.estimate,
+                "low": mean.low,
+                "high": mean.high,
+                "top": [
+                    counts[e] / len(kept) if m == "exact" else math.nan
+                    for e, m in zip(self.emotions, self.matches, strict=True)
+                ],
+                "match": list(self.matches),
+                "auc": self.auc.tolist(),
+                "n": len(kept),
+            }
+        )
+
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Save as a folder (see results.py)."""
         return save_result(self, folder, overwrite=overwrite)
@@ -126,6 +148,12 @@ class Judgement:
             f"most often on top: {', '.join(shares) or 'none'} (share of texts, Wilson interval)\n"
             f"AUC {measured}; at least {MINIMUM_AUC:.2f} for {len(self.reliable)} emotions"
         )
+
+    def _repr_html_(self) -> str:
+        if self.n_empty == len(self.top):
+            return f"<p>{html.escape(str(self).splitlines()[0])}</p>"
+        table = self.by_emotion().to_html(escape=True, index=False, float_format="{:.3f}".format)
+        return f"<p>{html.escape(str(self).splitlines()[0])}</p>{table}"
 
 
 def judge_texts(judge: Judge, texts: Sequence[str], emotions: Sequence[str] | None = None) -> Judgement:

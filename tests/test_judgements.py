@@ -117,6 +117,17 @@ def test_it_prints_the_most_frequent_emotion_with_its_interval_and_n():
     assert lines[2] == "AUC 0.70 or more where measured; at least 0.80 for 1 emotions"
 
 
+def test_means_per_emotion_leave_empty_texts_out():
+    found = judge_texts(Planted(SAID), ["a", "", "b"])
+    table = found.by_emotion().set_index("emotion")
+    assert table.loc["happy", "mean"] == pytest.approx(0.35)
+    assert table.loc["happy", "low"] < 0.35 < table.loc["happy", "high"]
+    assert (table.loc["happy", "top"], table.loc["sad", "n"]) == (0.5, 2)
+    assert math.isnan(table.loc["anxious", "top"])  # near emotions do not compete
+    assert "<table" in found._repr_html_()
+    assert "<table" not in judge_texts(Planted({}), [""])._repr_html_()
+
+
 def planted_pair(noise):
     rng = np.random.default_rng(0)
     truth = rng.random(120)
