@@ -117,8 +117,8 @@ class EmbeddedJudge:
                 for linear in LINEARS:
                     name = f"layers.{layer}.{linear}"
                     if f"{name}.down" in self._head:
-                        weight = encoder.encoder.layer[layer].get_submodule(linear).weight
-                        weight += self._head[f"{name}.up"] @ self._head[f"{name}.down"]
+                        weight = encoder.encoder.layer[layer].get_parameter(f"{linear}.weight")
+                        weight.add_(self._head[f"{name}.up"] @ self._head[f"{name}.down"])
         return tokenizer, encoder
 
     @torch.no_grad()

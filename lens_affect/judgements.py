@@ -57,7 +57,7 @@ class Judgement:
     """Emotion with the highest probability among the exact ones, per text; empty for an empty text. Near ones cannot be told from a
     neighbour and do not compete."""
     auc: Float[Tensor, " emotion"]
-    """Measured AUC of the judge per emotion (data/judge.md); NaN where it was not measured."""
+    """Measured AUC of the judge per emotion, of a near one for its labels (data/judge.md); NaN where it was not measured."""
     judge: str
     """Name of the judge."""
     title: str
@@ -74,7 +74,7 @@ class Judgement:
 
     @property
     def reliable(self) -> tuple[str, ...]:
-        """Emotions for which the judge's measured AUC is at least 0.80: the ones that count in a verification."""
+        """Emotions for which the judge's measured AUC is at least 0.80: the ones that count in a verification (a near one by its family)."""
         return tuple(e for e, auc in zip(self.emotions, self.auc.tolist(), strict=True) if auc >= MINIMUM_AUC)
 
     def probability(self, emotion: str) -> Float[Tensor, " text"]:

@@ -44,3 +44,20 @@ def test_what_was_not_measured_has_no_auc():
     assert 0.5 < measured_auc("embedded", "grateful") <= 1
     assert math.isnan(measured_auc("embedded", "calm"))
     assert math.isnan(measured_auc("somebody/else", "happy"))
+
+
+def test_the_card_states_the_measured_numbers():
+    card = files("lens_affect.data").joinpath("judge.md").read_text(encoding="utf-8")
+    embedded, words = (measured_scores()["judges"][name] for name in ("embedded", "lexicon"))
+
+    def text(value):
+        return f"{value.get('estimate', value.get('auc')):.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+
+    for label, found in embedded["labels"].items():
+        assert f"| {label} | {found['positives']} | {text(found['auc'])} | {text(found['f1'])} |" in card
+    for emotion, found in embedded["emotions"].items():
+        naming = label_schemes()["goemotions"][emotion]
+        row = f"| {emotion} | {', '.join(naming.labels)} | {naming.match} | {found['positives']} | {text(found)} | "
+        assert row + f"{text(words['emotions'][emotion])} |" in card
+    for part in (embedded["macro"]["auc"], embedded["macro"]["f1"], embedded["passages"]["accuracy"]):
+        assert text(part) in card
