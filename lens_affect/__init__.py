@@ -37,6 +37,13 @@ if TYPE_CHECKING:
     from lens_affect.geometry import emotion_rdm as emotion_rdm
     from lens_affect.gradients import agreement as agreement
     from lens_affect.gradients import approximate_patches as approximate_patches
+    from lens_affect.judgements import Judgement as Judgement
+    from lens_affect.judgements import can_name as can_name
+    from lens_affect.judgements import judge_agreement as judge_agreement
+    from lens_affect.judgements import judge_names as judge_names
+    from lens_affect.judgements import judge_texts as judge_texts
+    from lens_affect.judges import Judge as Judge
+    from lens_affect.judges import load_judge as load_judge
     from lens_affect.lexical import LexicalBar as LexicalBar
     from lens_affect.lexical import lexical_bar as lexical_bar
     from lens_affect.localization import LocalizationCurve as LocalizationCurve
@@ -109,6 +116,8 @@ _HOME = {
     "Generated": "generation",
     "GeometryAgreement": "geometry",
     "Intervention": "generation",
+    "Judge": "judges",
+    "Judgement": "judgements",
     "LayerProjections": "projections",
     "LexicalBar": "lexical",
     "LocalizationCurve": "localization",
@@ -126,10 +135,11 @@ _HOME = {
     "Stories": "stories",
     "Sweep": "sweeps",
     "SweepSpec": "sweeps",
+    "TokenView": "views",
     "agreement": "gradients",
     "approximate_patches": "gradients",
-    "TokenView": "views",
     "attribute_direction": "attribution",
+    "can_name": "judgements",
     "check_effect_size": "reported",
     "check_model": "selfchecks",
     "circuitsvis_view": "views",
@@ -144,8 +154,12 @@ _HOME = {
     "extract_protocol": "protocols",
     "fit_vectors": "vectors",
     "generate": "generation",
+    "judge_agreement": "judgements",
     "judge_gate": "gate",
+    "judge_names": "judgements",
+    "judge_texts": "judgements",
     "lexical_bar": "lexical",
+    "load_judge": "judges",
     "load_model": "models",
     "load_pairs": "contrasts",
     "load_prompts": "stimuli",

