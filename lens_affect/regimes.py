@@ -5,8 +5,10 @@ frequent one, and only a cell of sound texts is asked whether the push did what 
 """
 
 import html
+import itertools
 import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
+from scipy import stats
 
 from lens_affect.adapter import LensModel
 from lens_affect.doses import UNSTEERED, DoseResponse
@@ -143,10 +146,16 @@ class RegimeMap:
         Raises:
             ValueError: a cell that is not there.
         """
-        rows = (self.table["kind"] == "steered") & (self.table["emotion"] == emotion) & (self.table["strength"] == strength)
+        rows = (
+            (self.table["kind"] == "steered")
+            & (self.table["emotion"] == emotion)
+            & (self.table["strength"] == strength)
+        )
         if not rows.any():
-            raise ValueError(f"received {emotion!r} at {strength}; this map has {sorted(set(self.table['emotion']) - {''})} at {self.strengths}")
-        return str(self.table["regime"].to_numpy()[rows.to_numpy()][0])
+            raise ValueError(
+                f"received {emotion!r} at {strength}; this map has {sorted(set(self.table['emotion']) - {''})} at {self.strengths}"
+            )
+        return str(columns["regime"][rows][0])
 
     @property
     def strengths(self) -> tuple[float, ...]:
@@ -163,7 +172,7 @@ class RegimeMap:
         return load_result(cls, folder)
 
     def __str__(self) -> str:
-        own = self.table[self.table["kind"] == "steered"]
+        own = pd.DataFrame(self.table[self.table["kind"] == "steered"])
         parts = []
         for strength in self.strengths:
             counts = Counter(own["regime"].to_numpy()[own["strength"].to_numpy() == strength].tolist())
@@ -182,7 +191,11 @@ class RegimeMap:
 
 
 def classify_regimes(
-    dose: DoseResponse, judgement: Judgement | None = None, *, thresholds: Thresholds | None = None, n_resamples: int = 2000
+    dose: DoseResponse,
+    judgement: Judgement | None = None,
+    *,
+    thresholds: Thresholds | None = None,
+    n_resamples: int = 2000,
 ) -> RegimeMap:
     """Regime of every cell by the table of damage labels, with bootstrap probabilities.
 
@@ -206,7 +219,11 @@ def classify_regimes(
         )
     damage = _damage(dose, limits)
     cells, groups = dose.cells(), dose.column("group")
-    log_ratio, repetition, change = dose.log_ratio, dose.column("repetition").astype(float), dose.column("change").astype(float)
+    log_ratio, repetition, change = (
+        dose.log_ratio,
+        dose.column("repetition").astype(float),
+        dose.column("change").astype(float),
+    )
     rows = []
     for (kind, emotion, strength), members in cells.items():
         if kind in UNSTEERED:
@@ -237,7 +254,9 @@ def classify_regimes(
 def _damage(dose: DoseResponse, thresholds: Thresholds) -> np.ndarray:
     plain = dose.column("nll").astype(float)[dose.column("kind") == UNSTEERED[0]]
     usual = _mean(plain)
-    base = np.where(np.isnan(dose.column("nll_unsteered").astype(float)), usual, dose.column("nll_unsteered").astype(float))
+    base = np.where(
+        np.isnan(dose.column("nll_unsteered").astype(float)), usual, dose.column("nll_unsteered").astype(float)
+    )
     ratios = np.exp(dose.column("nll").astype(float) - base)
     ratios = np.where(dose.column("finite").astype(bool), ratios, np.nan)
     # The reference limit of a length is the one measured on ordinary prose; the thresholds' own one replaces it where a user gives one.
@@ -245,7 +264,10 @@ def _damage(dose: DoseResponse, thresholds: Thresholds) -> np.ndarray:
     limits = dose.limits.numpy()[dose.column("n_tokens").astype(int)] * scale
     repetition = dose.column("repetition").astype(float)
     return np.array(
-        [damage_of(r, x, thresholds, limit=float(limit)) for r, x, limit in zip(ratios.tolist(), repetition.tolist(), limits, strict=True)]
+        [
+            damage_of(r, x, thresholds, limit=float(limit))
+            for r, x, limit in zip(ratios.tolist(), repetition.tolist(), limits, strict=True)
+        ]
     )
 
 
@@ -270,7 +292,7 @@ def _gain(
 def _limits(gain: np.ndarray | None, groups: np.ndarray) -> tuple[float, float, float]:
     means = np.empty(0) if gain is None else cluster_means(gain, groups.tolist())
     if not len(means):
-        return (math.nan,) * 3
+        return math.nan, math.nan, math.nan
     found = mean_interval(means)
     return float(found.estimate), float(found.low), float(found.high)
 
@@ -285,28 +307,36 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _regime(labels: np.ndarray, gain_low: float | None) -> str:
-    counts = {name: int((labels == name).sum()) for name in DAMAGE}
-    if 2 * counts["invalid"] > len(labels):
-        return "invalid"
-    worst = max((name for name in DAMAGE if name != "invalid"), key=lambda name: counts[name])  # the first, worse one of equals
-    if worst != "sound":
-        return worst
-    return "undecided" if gain_low is None or math.isnan(gain_low) else "surgical" if gain_low > 0 else "inert"
+    counts = np.array([[(labels == name).sum() for name in DAMAGE]])
+    return str(_regimes(counts, np.array([math.nan if gain_low is None else gain_low]))[0])
+
+
+def _regimes(counts: Int[np.ndarray, "draw label"], gain_low: Float[np.ndarray, " draw"]) -> np.ndarray:
+    """Regime by counts of damage labels (in DAMAGE's order) and the lower limit of the gain."""
+    names = np.array(list(DAMAGE))
+    worst = names[1:][counts[:, 1:].argmax(1)]  # the first, worse one of equals
+    of_sound = np.where(np.isnan(gain_low), "undecided", np.where(gain_low > 0, "surgical", "inert"))
+    mostly_invalid = 2 * counts[:, 0] > counts.sum(1)
+    return np.where(mostly_invalid, "invalid", np.where(worst == "sound", of_sound, worst))
 
 
 def _probabilities(
     labels: np.ndarray, gain: np.ndarray | None, groups: np.ndarray, n_resamples: int, seed: int
 ) -> dict[str, float]:
-    """Share of resamples of whole groups in which each regime comes out."""
+    """Share of resamples of whole groups in which each regime comes out; a group that is drawn twice counts as two."""
     names = list(dict.fromkeys(groups.tolist()))
-    members = [np.flatnonzero(groups == name) for name in names]
-    found = Counter[str]()
-    for draw in resample_clusters(len(names), n_resamples, seed, "regimes"):
-        rows = np.concatenate([members[i] for i in draw])
-        # Drawn twice, a group counts as two clusters.
-        drawn = np.repeat(np.arange(len(draw)), [len(members[i]) for i in draw])
-        found[_regime(labels[rows], None if gain is None else _lowest(gain[rows], drawn))] += 1
-    return {f"p_{name}": found[name] / n_resamples for name in REGIMES}
+    drawn = resample_clusters(len(names), n_resamples, seed, "regimes")
+    counts = np.array([[((labels == label) & (groups == name)).sum() for label in DAMAGE] for name in names])
+    lowest = np.full(n_resamples, math.nan)
+    if gain is not None:
+        means = np.array([_mean(gain[groups == name]) for name in names])[drawn]
+        known = np.isfinite(means).sum(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # draws without a value stay NaN
+            half = stats.t.ppf(0.975, known - 1) * np.nanstd(means, axis=1, ddof=1) / np.sqrt(known)
+            lowest = np.nanmean(means, axis=1) - half
+    found = _regimes(counts[drawn].sum(1), lowest)
+    return {f"p_{name}": float((found == name).mean()) for name in REGIMES}
 
 
 @dataclass(frozen=True)
@@ -348,7 +378,7 @@ def find_boundaries(
         raise ValueError(f"received strengths {places}; allowed are two or more in increasing order")
     known = {place: label_at(place) for place in places}
     found = []
-    brackets = [(a, b) for a, b in zip(places, places[1:], strict=False) if known[a] != known[b]]
+    brackets = [(a, b) for a, b in itertools.pairwise(places) if known[a] != known[b]]
     while brackets:
         low, high = brackets.pop(0)
         middle = (low + high) / 2
@@ -367,7 +397,7 @@ def jeong_regime(texts: Sequence[str]) -> str:
     whitespace tokens: explosive; else surgical.
     """
     words = [text.split() for text in texts]
-    loops = [max(Counter(zip(w, w[1:], w[2:], strict=False)).values(), default=0) >= 3 for w in words]  # noqa: PLR2004
+    loops = [max(Counter(zip(w, w[1:], w[2:], strict=False)).values(), default=0) >= 3 for w in words]
     if sum(loops) > 0.5 * len(texts):
         return "repetitive_collapse"
     return "explosive" if sum(len(w) < 3 for w in words) > 0.3 * len(texts) else "surgical"
