@@ -47,7 +47,8 @@ log = logging.getLogger("train_judge")
 
 def read_split(split: str) -> tuple[list[str], Tensor]:
     """Texts and their labels (0 or 1) of a published split."""
-    rows = [line.rstrip("\n").split("\t") for line in (DATA / "goemotions" / f"{split}.tsv").open(encoding="utf-8")]
+    text = (DATA / "goemotions" / f"{split}.tsv").read_text(encoding="utf-8")
+    rows = [line.split("\t") for line in text.rstrip("\n").split("\n")]
     labels = torch.zeros(len(rows), len(label_names()))
     for row, (_, ids, _) in enumerate(rows):
         labels[row, [int(i) for i in ids.split(",")]] = 1
