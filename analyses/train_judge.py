@@ -8,8 +8,8 @@
    come from there too. Writes data/judge_head.safetensors.
 4. `measure`: the published test split, read once; logistic regression as the bar; MELD; our passages. Writes data/judge_scores.json.
 
-States and epochs are kept in LENS_AFFECT_RUNS/judge: a second start reads no text again and resumes after the last whole epoch. The frozen
-encoder leaves little to do: training takes 20 to 40 minutes on one busy core. Name stages to run only these.
+States and epochs are kept in LENS_AFFECT_RUNS/judge: a second start reads no text again and resumes after the last whole epoch. Only the
+upper layers run in training, which took half an hour on one shared core. Name stages to run only these.
 """
 
 import argparse
@@ -47,7 +47,8 @@ log = logging.getLogger("train_judge")
 
 def read_split(split: str) -> tuple[list[str], Tensor]:
     """Texts and their labels (0 or 1) of a published split."""
-    rows = [line.rstrip("\n").split("\t") for line in (DATA / "goemotions" / f"{split}.tsv").open(encoding="utf-8")]
+    text = (DATA / "goemotions" / f"{split}.tsv").read_text(encoding="utf-8")
+    rows = [line.split("\t") for line in text.rstrip("\n").split("\n")]
     labels = torch.zeros(len(rows), len(label_names()))
     for row, (_, ids, _) in enumerate(rows):
         labels[row, [int(i) for i in ids.split(",")]] = 1

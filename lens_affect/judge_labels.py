@@ -62,3 +62,9 @@ def measured_auc(judge: str, emotion: str) -> float:
     """AUC of a judge for one of our emotions on the published test split of GoEmotions; NaN where it was not measured."""
     found = measured_scores()["judges"].get(judge, {}).get("emotions", {}).get(emotion)
     return math.nan if found is None else float(found["auc"])
+
+
+def base_rate(judge: str, emotion: str) -> float:
+    """Share of comments with the emotion where a judge was measured (so where it is calibrated); NaN where it was not."""
+    found = measured_scores()["judges"].get(judge, {}).get("emotions", {}).get(emotion)
+    return math.nan if found is None else found["positives"] / found["n"]

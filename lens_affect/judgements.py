@@ -16,7 +16,7 @@ from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
-from lens_affect.judge_labels import MINIMUM_AUC, Naming, namings
+from lens_affect.judge_labels import MINIMUM_AUC, Naming, base_rate, namings
 from lens_affect.judges import Judge
 from lens_affect.results import (
     Provenance,
@@ -54,8 +54,9 @@ class Judgement:
     matches: tuple[str, ...]
     """`exact` or `near` (only the emotion's family) for each emotion."""
     top: tuple[str, ...]
-    """Emotion with the highest probability among the exact ones, per text; empty for an empty text. Near ones cannot be told from a
-    neighbour and do not compete."""
+    """Emotion that stands out most among the exact ones, per text; empty for an empty text. For a measured multi-label judge: by odds over the
+    emotion's base rate, else every text that it cannot read would get its most frequent emotion; for others by probability. Near ones
+    cannot be told from a neighbour and do not compete."""
     auc: Float[Tensor, " emotion"]
     """Measured AUC of the judge per emotion, of a near one for its labels (data/judge.md); NaN where it was not measured."""
     judge: str
@@ -188,7 +189,7 @@ def judge_texts(judge: Judge, texts: Sequence[str], emotions: Sequence[str] | No
         emotions=tuple(chosen),
         labels=tuple(naming.labels for naming in chosen.values()),
         matches=tuple(naming.match for naming in chosen.values()),
-        top=_top(probabilities, chosen),
+        top=_top(judge, probabilities, chosen),
         auc=torch.tensor([judge.auc(emotion) for emotion in chosen], dtype=torch.float32),
         judge=judge.name,
         title=judge.title,
@@ -208,10 +209,14 @@ def _chosen(judge: Judge, emotions: Sequence[str] | None) -> dict[str, Naming]:
     return {e: naming for e, naming in known.items() if emotions is None or e in emotions}
 
 
-def _top(probabilities: Float[Tensor, "text emotion"], chosen: dict[str, Naming]) -> tuple[str, ...]:
+def _top(judge: Judge, probabilities: Float[Tensor, "text emotion"], chosen: dict[str, Naming]) -> tuple[str, ...]:
     exact = [i for i, naming in enumerate(chosen.values()) if naming.match == "exact"] or list(range(len(chosen)))
-    names = list(chosen)
-    return tuple("" if row.isnan().any() else names[exact[int(row[exact].argmax())]] for row in probabilities)
+    names = [list(chosen)[i] for i in exact]
+    values = torch.logit(probabilities[:, exact].double(), eps=1e-9)
+    base = torch.tensor([base_rate(judge.name, name) for name in names], dtype=torch.double)
+    if judge.multi_label and not base.isnan().any():
+        values = values - torch.logit(base)
+    return tuple("" if row.isnan().any() else names[int(row.argmax())] for row in values)
 
 
 def _provenance(judge: Judge, texts: Sequence[str], watch: Stopwatch) -> Provenance:
@@ -243,7 +248,7 @@ def judge_agreement(
         texts: what both read; empty ones are left out.
         emotions: some of ours; by default those that both judges of a pair can name.
         groups: topic, prompt or story of each text, resampled as a whole; by default every text stands for itself.
-        n_resamples: bootstrap draws behind the 95 % percentile interval.
+        n_resamples: bootstrap draws behind the 95 % percentile interval (NaN where a judge has no spread in more than 5 % of them).
         seed: of the stream "bootstrap".
 
     Returns:
@@ -267,9 +272,17 @@ def judge_agreement(
         for emotion in (e for e in one.emotions if e in two.emotions):
             values = np.stack([j.probability(emotion).double().numpy() for j in (one, two)])
             resampled = [_rho(values[:, np.concatenate([members[m] for m in draw])]) for draw in draws]
-            low, high = np.percentile(resampled, [2.5, 97.5])  # NaN if any draw has no spread
+            low, high = _limits(np.array(resampled))
             table.append([emotion, one.judge, two.judge, _rho(values), low, high, len(kept), len(members)])
     return pd.DataFrame(table, columns=["emotion", "first", "second", "rho", "low", "high", "n", "n_groups"])
+
+
+def _limits(resampled: Float[np.ndarray, " draw"]) -> tuple[float, float]:
+    """Percentile limits over the draws that have a correlation; NaN where more than one in 20 has none."""
+    if np.isnan(resampled).mean() > 0.05:
+        return math.nan, math.nan
+    low, high = np.nanpercentile(resampled, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def _rho(values: Float[np.ndarray, "2 text"]) -> float:

@@ -169,7 +169,7 @@ def test_the_shipped_head_reproduces_its_published_numbers(real_judge):
         pytest.skip("GoEmotions is not part of the repository: set LENS_AFFECT_DATA to a folder with goemotions/")
     from sklearn.metrics import roc_auc_score
 
-    rows = [line.rstrip("\n").split("\t") for line in data.open(encoding="utf-8")][::4]
+    rows = [line.split("\t") for line in data.read_text(encoding="utf-8").rstrip("\n").split("\n")][::4]
     truth = np.zeros((len(rows), 28))
     for row, (_, ids, _) in enumerate(rows):
         truth[row, [int(i) for i in ids.split(",")]] = 1

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
+from lens_affect import judgements
 from lens_affect.judgements import Judgement, can_name, judge_agreement, judge_names, judge_texts
 from lens_affect.judges import load_judge
 from lens_affect.stimuli import EMOTIONS
@@ -72,6 +73,17 @@ def test_empty_texts_have_no_value_and_are_counted():
     assert found.probabilities.isnan().all(dim=1).tolist() == [False, True, True, False]
     assert "2 texts, 2 empty" in str(found)
     assert judge_texts(Planted({}), [""]).n_empty == 1
+
+
+def test_the_top_of_a_measured_judge_is_relative_to_base_rates(monkeypatch):
+    rates = {"happy": 0.5, "sad": 0.01}
+    monkeypatch.setattr(judgements, "base_rate", lambda judge, emotion: rates.get(emotion, math.nan))
+    said = {"x": [0.4, 0.1], "y": [0.9, 0.01]}
+    labels = ("happy", "sad")
+    assert judge_texts(Planted(said, labels, multi_label=True), ["x", "y"]).top == ("sad", "happy")
+    assert judge_texts(Planted(said, labels, multi_label=False), ["x", "y"]).top == ("happy", "happy")
+    rates.pop("sad")  # one rate unknown: probabilities decide
+    assert judge_texts(Planted(said, labels, multi_label=True), ["x", "y"]).top == ("happy", "happy")
 
 
 def test_an_emotion_without_a_label_is_refused_with_those_there_are():
