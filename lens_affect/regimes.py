@@ -146,11 +146,8 @@ class RegimeMap:
         Raises:
             ValueError: a cell that is not there.
         """
-        rows = (
-            (self.table["kind"] == "steered")
-            & (self.table["emotion"] == emotion)
-            & (self.table["strength"] == strength)
-        )
+        columns = {name: self.table[name].to_numpy() for name in ("kind", "emotion", "strength", "regime")}
+        rows = (columns["kind"] == "steered") & (columns["emotion"] == emotion) & (columns["strength"] == strength)
         if not rows.any():
             raise ValueError(
                 f"received {emotion!r} at {strength}; this map has {sorted(set(self.table['emotion']) - {''})} at {self.strengths}"
