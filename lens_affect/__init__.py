@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from lens_affect.comparison import compare_methods as compare_methods
     from lens_affect.contrasts import ContrastPairs as ContrastPairs
     from lens_affect.contrasts import load_pairs as load_pairs
+    from lens_affect.crosslingual import ScriptComparison as ScriptComparison
+    from lens_affect.crosslingual import ScriptTable as ScriptTable
+    from lens_affect.crosslingual import compare_scripts as compare_scripts
+    from lens_affect.crosslingual import script_entanglement as script_entanglement
     from lens_affect.effects import effect_sizes as effect_sizes
     from lens_affect.effects import equivalence as equivalence
     from lens_affect.effects import mann_whitney as mann_whitney
@@ -37,10 +41,15 @@ if TYPE_CHECKING:
     from lens_affect.geometry import emotion_rdm as emotion_rdm
     from lens_affect.gradients import agreement as agreement
     from lens_affect.gradients import approximate_patches as approximate_patches
+    from lens_affect.languages import TransferTable as TransferTable
+    from lens_affect.languages import language_transfer as language_transfer
     from lens_affect.lexical import LexicalBar as LexicalBar
     from lens_affect.lexical import lexical_bar as lexical_bar
     from lens_affect.localization import LocalizationCurve as LocalizationCurve
     from lens_affect.localization import localize as localize
+    from lens_affect.meaning import MeaningTable as MeaningTable
+    from lens_affect.meaning import foreign_meaning as foreign_meaning
+    from lens_affect.meaning import load_emotion_words as load_emotion_words
     from lens_affect.models import load_model as load_model
     from lens_affect.neurons import NeuronTable as NeuronTable
     from lens_affect.neurons import top_neurons as top_neurons
@@ -65,6 +74,8 @@ if TYPE_CHECKING:
     from lens_affect.scorecard import Scorecard as Scorecard
     from lens_affect.scorecard import make_scorecard as make_scorecard
     from lens_affect.scores import SCORES as SCORES
+    from lens_affect.scripts import script_shares as script_shares
+    from lens_affect.scripts import text_languages as text_languages
     from lens_affect.selfchecks import CheckReport as CheckReport
     from lens_affect.selfchecks import check_model as check_model
     from lens_affect.shapes import CurveShape as CurveShape
@@ -110,6 +121,7 @@ _HOME = {
     "LayerProjections": "projections",
     "LexicalBar": "lexical",
     "LocalizationCurve": "localization",
+    "MeaningTable": "meaning",
     "MethodComparison": "comparison",
     "NeuronTable": "neurons",
     "PatchingMap": "patching",
@@ -118,20 +130,24 @@ _HOME = {
     "SCORES": "scores",
     "SITES": "sites",
     "Scorecard": "scorecard",
+    "ScriptComparison": "crosslingual",
+    "ScriptTable": "crosslingual",
     "Site": "sites",
     "Stimuli": "stimuli",
     "Stories": "stories",
     "Sweep": "sweeps",
     "SweepSpec": "sweeps",
+    "TokenView": "views",
+    "TransferTable": "languages",
     "agreement": "gradients",
     "approximate_patches": "gradients",
-    "TokenView": "views",
     "attribute_direction": "attribution",
     "check_effect_size": "reported",
     "check_model": "selfchecks",
     "circuitsvis_view": "views",
     "compare_geometry": "geometry",
     "compare_methods": "comparison",
+    "compare_scripts": "crosslingual",
     "curve_shape": "shapes",
     "effect_sizes": "effects",
     "emotion_rdm": "geometry",
@@ -140,9 +156,12 @@ _HOME = {
     "extract_poolings": "activations",
     "extract_protocol": "protocols",
     "fit_vectors": "vectors",
+    "foreign_meaning": "meaning",
     "generate": "generation",
     "judge_gate": "gate",
+    "language_transfer": "languages",
     "lexical_bar": "lexical",
+    "load_emotion_words": "meaning",
     "load_model": "models",
     "load_pairs": "contrasts",
     "load_prompts": "stimuli",
@@ -172,6 +191,9 @@ _HOME = {
     "run_study": "study",
     "run_sweep": "sweeps",
     "save_figure": "style",
+    "script_entanglement": "crosslingual",
+    "script_shares": "scripts",
+    "text_languages": "scripts",
     "top_neurons": "neurons",
     "valence_arousal": "axes",
     "view_tokens": "views",
