@@ -109,7 +109,7 @@ class ScriptTable:
     def __str__(self) -> str:
         interval = mean_interval(self.foreign.double().numpy())
         drawn = self.random[:, self._foreign].sum(1)
-        p = float((1 + (drawn >= self.foreign.mean() - 1e-9).sum()) / (1 + self.n_random))
+        p = (1 + int((drawn >= self.foreign.mean() - 1e-9).sum())) / (1 + self.n_random)
         rows = self.to_frame().set_index("script")
         above = [s for s in self.scripts if s not in HOME and rows.loc[s, "p_family"] <= 0.05]
         named = ", ".join(f"{s} {rows.loc[s, 'share']:.3f} (random {rows.loc[s, 'random']:.3f})" for s in above[:4])
@@ -226,9 +226,9 @@ def _above_random(
     spread = torch.maximum(random.std(0) if len(random) > 1 else torch.zeros_like(least), least).clamp_min(1e-12)
     z, z_random = (share - random.mean(0)) / spread, (random - random.mean(0)) / spread
     n = len(random)
-    p = (1 + (z_random >= z - 1e-9).sum(0)) / (1 + n)
-    p_family = (1 + (z_random.amax(1, keepdim=True) >= z - 1e-9).sum(0)) / (1 + n)
-    return p.double(), p_family.double()
+    p = (1 + (z_random >= z - 1e-9).double().sum(0)) / (1 + n)
+    p_family = (1 + (z_random.amax(1, keepdim=True) >= z - 1e-9).double().sum(0)) / (1 + n)
+    return p, p_family
 
 
 @dataclass(frozen=True)
@@ -260,12 +260,9 @@ class ScriptComparison:
 
     def __str__(self) -> str:
         rows = [row for row in self.table.to_dict("records") if row["script"] not in HOME]
-        n = len(self.table) and int(self.table["n"].max())
-        head = (
-            f"{self.models[1]} (layer {self.layers[1]}) minus {self.models[0]} (layer {self.layers[0]}), {n} emotions"
-        )
         if not rows:
-            return f"{head}: neither vocabulary has a script other than Latin"
+            return f"{self.models[0]} and {self.models[1]}: neither vocabulary has a script other than Latin"
+        head = f"{self.models[1]} (layer {self.layers[1]}) minus {self.models[0]} (layer {self.layers[0]}), {rows[0]['n']} emotions"
         top = max(rows, key=lambda row: abs(row["difference"]))
         return (
             f"{head}: the largest change of a foreign script's share is {top['difference']:+.3f} [{top['low']:+.3f}, {top['high']:+.3f}] "

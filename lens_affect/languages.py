@@ -183,8 +183,8 @@ def language_transfer(
     clock = Stopwatch()
     if centring not in ("grand_mean", "within_topic"):
         raise ValueError(f"received centring={centring!r}; allowed are 'grand_mean' and 'within_topic'")
-    if n_permutations < 1:
-        raise ValueError(f"received n_permutations={n_permutations}; allowed is 1 or more")
+    if n_permutations < 2:
+        raise ValueError(f"received n_permutations={n_permutations}; allowed is 2 or more")
     languages = tuple(activations_by_language)
     first = _check_same(activations_by_language)
     emotions, topics = _in_common(activations_by_language)

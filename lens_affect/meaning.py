@@ -29,6 +29,8 @@ FEWEST_EMOTIONS = 8
 """Emotions with a word of their own that a language needs; below, it cannot be decided."""
 FEWEST_CONTROLS = 5
 """Control words that a language needs."""
+TOP = 99.0
+"""Percentile from which a word counts as brought up."""
 UNDECIDED = "cannot be decided"
 
 
@@ -40,7 +42,8 @@ class MeaningTable:
     """One row per language. `effect`, `low`, `high`, `p`, `p_family`: percentile of an emotion's own words minus that of the same words under
     the other emotions' vectors, in percentage points, mean over emotions with 95 % interval; p from emotions' labels permuted, corrected over
     the foreign languages. `control_effect` and its limits, `control_p`, `control_p_family`: own words minus control words under the same vector; p
-    from words exchanged between the two. `own`, `others`, `control`: the three percentiles. `n_emotions`, `n_words`, `n_controls`: what is
+    from words exchanged between the two. `own`, `others`, `control`: the three percentiles. `own_top`, `others_top`: share of these words
+    among the top 1 % of the vocabulary, under their own and under the others' vectors. `n_emotions`, `n_words`, `n_controls`: what is
     behind them. `whole`: share of those words that are one token. `lost_shared`, `lost_partial`, `lost_english`: words that could not be used.
     `verdict`: `holds` if both family-wise p are at most 0.05, `does not hold`, or `cannot be decided` (FEWEST_EMOTIONS, FEWEST_CONTROLS)."""
     per_emotion: pd.DataFrame
@@ -132,7 +135,7 @@ def foreign_meaning(
         many are not. A high percentile is no generated word.
 
     Raises:
-        ValueError: vectors of another model, an unknown layer or language, or fewer than one relabelling.
+        ValueError: vectors of another model, an unknown layer or language, or fewer than two relabellings.
 
     Source: the claim is that of arXiv:2604.04064 about Chinese in Qwen; the words and the test are ours.
 
@@ -142,8 +145,8 @@ def foreign_meaning(
     clock = Stopwatch()
     vectors.require_match(model_info(model).provenance)
     layer = middle_layer(vectors, layer)
-    if n_permutations < 1:
-        raise ValueError(f"received n_permutations={n_permutations}; allowed is 1 or more")
+    if n_permutations < 2:
+        raise ValueError(f"received n_permutations={n_permutations}; allowed is 2 or more")
     every = load_emotion_words() if words is None else words
     chosen = _choose_languages(every, languages)
     emotions = [e for e in vectors.emotions if e in set(every["emotion"])]
@@ -192,8 +195,9 @@ class _Word:
 
 
 def _find_tokens(tokenizer: Any, known: TokenScripts, words: pd.DataFrame, language: str) -> list[_Word]:
-    of_language = [row for row in words.to_dict("records") if row["language"] == language]
+    of_language = pd.DataFrame(words[words["language"] == language]).to_dict("records")
     english = [w.casefold() for w in words[words["language"] == ENGLISH]["word"]] if language != ENGLISH else []
+    beginnings = {w[:n] for w in english for n in range(1, len(w) + 1)}
     forms = [_forms(tokenizer, known, row["word"]) for row in of_language]
     labels: dict[int, set[str]] = {}
     for row, ids in zip(of_language, forms, strict=True):
@@ -203,7 +207,7 @@ def _find_tokens(tokenizer: Any, known: TokenScripts, words: pd.DataFrame, langu
     def loss_of(first: int) -> str:
         if known.scripts[first] in (PARTIAL, SPECIAL, COMMON):
             return "partial"
-        if any(w.startswith(known.texts[first].strip().casefold()) for w in english):
+        if known.texts[first].strip().casefold() in beginnings:
             return "english"
         return "shared" if len(labels[first]) > 1 else ""
 
@@ -280,7 +284,7 @@ def _measure(
     row: dict[str, Any] = {
         "language": language,
         **dict.fromkeys(("effect", "low", "high", "control_effect", "control_low", "control_high"), np.nan),
-        **dict.fromkeys(("own", "others", "control"), np.nan),
+        **dict.fromkeys(("own", "others", "control", "own_top", "others_top"), np.nan),
         "n_emotions": len(kept),
         "n_words": len(whole),
         "n_controls": len(controls),
@@ -299,6 +303,9 @@ def _measure(
     row |= {"effect": float(effect.estimate), "low": float(effect.low), "high": float(effect.high)}
     row |= {"control_effect": float(gap.estimate), "control_low": float(gap.low), "control_high": float(gap.high)}
     row |= {"own": float(own.mean()), "others": float(others.mean()), "control": float(control.mean())}
+    top = np.stack([(percentiles[at][:, i] >= TOP).astype(float) for i, w in used if w.label in kept], axis=1)
+    is_own = np.array([[w.label == e for _, w in used if w.label in kept] for e in kept])
+    row |= {"own_top": float(top[is_own].mean()), "others_top": float(top[~is_own].mean())}
     orders = _orders(len(emotions), at, n_permutations, seed)
     matched = scores[np.arange(n), orders].mean(1)
     permuted = matched - (scores.mean() * n - matched) / (n - 1)
