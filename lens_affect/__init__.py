@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from lens_affect.comparison import compare_methods as compare_methods
     from lens_affect.contrasts import ContrastPairs as ContrastPairs
     from lens_affect.contrasts import load_pairs as load_pairs
+    from lens_affect.crosslingual import ScriptComparison as ScriptComparison
+    from lens_affect.crosslingual import ScriptTable as ScriptTable
+    from lens_affect.crosslingual import compare_scripts as compare_scripts
+    from lens_affect.crosslingual import script_entanglement as script_entanglement
+    from lens_affect.doses import DoseResponse as DoseResponse
+    from lens_affect.doses import sweep_strengths as sweep_strengths
     from lens_affect.effects import effect_sizes as effect_sizes
     from lens_affect.effects import equivalence as equivalence
     from lens_affect.effects import mann_whitney as mann_whitney
@@ -44,10 +50,15 @@ if TYPE_CHECKING:
     from lens_affect.judgements import judge_texts as judge_texts
     from lens_affect.judges import Judge as Judge
     from lens_affect.judges import load_judge as load_judge
+    from lens_affect.languages import TransferTable as TransferTable
+    from lens_affect.languages import language_transfer as language_transfer
     from lens_affect.lexical import LexicalBar as LexicalBar
     from lens_affect.lexical import lexical_bar as lexical_bar
     from lens_affect.localization import LocalizationCurve as LocalizationCurve
     from lens_affect.localization import localize as localize
+    from lens_affect.meaning import MeaningTable as MeaningTable
+    from lens_affect.meaning import foreign_meaning as foreign_meaning
+    from lens_affect.meaning import load_emotion_words as load_emotion_words
     from lens_affect.models import load_model as load_model
     from lens_affect.neurons import NeuronTable as NeuronTable
     from lens_affect.neurons import top_neurons as top_neurons
@@ -66,6 +77,11 @@ if TYPE_CHECKING:
     from lens_affect.projections import LayerProjections as LayerProjections
     from lens_affect.projections import projection_by_layer as projection_by_layer
     from lens_affect.protocols import extract_protocol as extract_protocol
+    from lens_affect.regimes import RegimeMap as RegimeMap
+    from lens_affect.regimes import Thresholds as Thresholds
+    from lens_affect.regimes import classify_regimes as classify_regimes
+    from lens_affect.regimes import find_boundaries as find_boundaries
+    from lens_affect.repetition import repetition_share as repetition_share
     from lens_affect.report import write_report as write_report
     from lens_affect.reported import check_effect_size as check_effect_size
     from lens_affect.results import Provenance as Provenance
@@ -74,6 +90,9 @@ if TYPE_CHECKING:
     from lens_affect.scorecard import Scorecard as Scorecard
     from lens_affect.scorecard import make_scorecard as make_scorecard
     from lens_affect.scores import SCORES as SCORES
+    from lens_affect.scoring import score_texts as score_texts
+    from lens_affect.scripts import script_shares as script_shares
+    from lens_affect.scripts import text_languages as text_languages
     from lens_affect.selfchecks import CheckReport as CheckReport
     from lens_affect.selfchecks import check_model as check_model
     from lens_affect.shapes import CurveShape as CurveShape
@@ -81,6 +100,10 @@ if TYPE_CHECKING:
     from lens_affect.sites import SITES as SITES
     from lens_affect.sites import Site as Site
     from lens_affect.sites import resolve_site as resolve_site
+    from lens_affect.steering import Push as Push
+    from lens_affect.steering import make_push as make_push
+    from lens_affect.steering import residual_norms as residual_norms
+    from lens_affect.steering import steer as steer
     from lens_affect.stimuli import EMOTIONS as EMOTIONS
     from lens_affect.stimuli import Stimuli as Stimuli
     from lens_affect.stimuli import load_prompts as load_prompts
@@ -110,6 +133,7 @@ _HOME = {
     "ContrastPairs": "contrasts",
     "CurveShape": "shapes",
     "DirectAttribution": "attribution",
+    "DoseResponse": "doses",
     "EMOTIONS": "stimuli",
     "EmotionVectors": "vectors",
     "GateVerdict": "gate",
@@ -121,21 +145,28 @@ _HOME = {
     "LayerProjections": "projections",
     "LexicalBar": "lexical",
     "LocalizationCurve": "localization",
+    "MeaningTable": "meaning",
     "MethodComparison": "comparison",
     "NeuronTable": "neurons",
     "PatchingMap": "patching",
     "Provenance": "results",
+    "Push": "steering",
     "Recommendation": "advice",
+    "RegimeMap": "regimes",
     "SCORES": "scores",
     "SITES": "sites",
     "Scenarios": "scenarios",
     "Scorecard": "scorecard",
+    "ScriptComparison": "crosslingual",
+    "ScriptTable": "crosslingual",
     "Site": "sites",
     "Stimuli": "stimuli",
     "Stories": "stories",
     "Sweep": "sweeps",
     "SweepSpec": "sweeps",
+    "Thresholds": "regimes",
     "TokenView": "views",
+    "TransferTable": "languages",
     "agreement": "gradients",
     "approximate_patches": "gradients",
     "attribute_direction": "attribution",
@@ -143,8 +174,10 @@ _HOME = {
     "check_effect_size": "reported",
     "check_model": "selfchecks",
     "circuitsvis_view": "views",
+    "classify_regimes": "regimes",
     "compare_geometry": "geometry",
     "compare_methods": "comparison",
+    "compare_scripts": "crosslingual",
     "curve_shape": "shapes",
     "effect_sizes": "effects",
     "emotion_rdm": "geometry",
@@ -152,13 +185,17 @@ _HOME = {
     "extract_activations": "activations",
     "extract_poolings": "activations",
     "extract_protocol": "protocols",
+    "find_boundaries": "regimes",
     "fit_vectors": "vectors",
+    "foreign_meaning": "meaning",
     "generate": "generation",
     "judge_agreement": "judgements",
     "judge_gate": "gate",
     "judge_names": "judgements",
     "judge_texts": "judgements",
+    "language_transfer": "languages",
     "lexical_bar": "lexical",
+    "load_emotion_words": "meaning",
     "load_judge": "judges",
     "load_model": "models",
     "load_pairs": "contrasts",
@@ -168,6 +205,7 @@ _HOME = {
     "load_study": "study",
     "load_sweep": "sweeps",
     "localize": "localization",
+    "make_push": "steering",
     "make_scorecard": "scorecard",
     "make_spec": "sweeps",
     "mann_whitney": "effects",
@@ -186,10 +224,18 @@ _HOME = {
     "plot_valence_arousal": "plotting",
     "projection_by_layer": "projections",
     "recommend": "advice",
+    "repetition_share": "repetition",
+    "residual_norms": "steering",
     "resolve_site": "sites",
     "run_study": "study",
     "run_sweep": "sweeps",
     "save_figure": "style",
+    "score_texts": "scoring",
+    "script_entanglement": "crosslingual",
+    "script_shares": "scripts",
+    "steer": "steering",
+    "sweep_strengths": "doses",
+    "text_languages": "scripts",
     "top_neurons": "neurons",
     "valence_arousal": "axes",
     "view_tokens": "views",

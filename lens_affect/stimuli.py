@@ -19,10 +19,13 @@ import pandas as pd
 
 from lens_affect.contrasts import ContrastPairs
 from lens_affect.results import content_hash, load_result, save_result
+from lens_affect.scripts import count_words, is_unspaced
 from lens_affect.statistics import derive_generator
 from lens_affect.tables import read_table, require_columns
 
 NEUTRAL = "neutral"
+PASSAGES = {"passages": "English", "passages_es": "Spanish", "passages_zh": "Chinese"}
+"""Our sets of passages and their languages (data/passages.md)."""
 
 
 @dataclass(frozen=True)
@@ -265,10 +268,11 @@ class Stimuli:
 
     def __str__(self) -> str:
         counts = Counter(self.emotions)
-        words = [len(text.split()) for text in self.texts]
+        words = [count_words(text) for text in self.texts]
+        unit = "characters" if is_unspaced(self.texts[0]) else "words"
         return (
             f"{self.name}: {len(self)} texts, {len(self.labels)} labels, {len(set(self.groups))} groups ({self.design})\n"
-            f"{min(counts.values())}-{max(counts.values())} texts per label, {min(words)}-{max(words)} words each"
+            f"{min(counts.values())}-{max(counts.values())} texts per label, {min(words)}-{max(words)} {unit} each"
         )
 
     def _repr_html_(self) -> str:
@@ -337,7 +341,8 @@ def load_stimuli(name_or_path: str | os.PathLike[str] = "passages") -> Stimuli:
     """Load our passages or a user's table.
 
     Args:
-        name_or_path: `passages` (20 emotions crossed with 12 topics, and 36 neutral texts; data/passages.md), or a CSV, TSV,
+        name_or_path: `passages` (20 emotions crossed with 12 topics, and 36 neutral texts; data/passages.md), `passages_es` or
+            `passages_zh` (8 of these emotions on the same topics, in Spanish and Chinese, without neutral texts), or a CSV, TSV,
             Parquet or JSON-lines file with columns `text` and `emotion` and optionally `group` and `source`. Without `group`
             every text is a group of its own.
 
@@ -351,14 +356,14 @@ def load_stimuli(name_or_path: str | os.PathLike[str] = "passages") -> Stimuli:
         >>> load_stimuli("passages").select(emotions=["happy", "sad"], groups=["train"]).emotions
         ('happy', 'sad')
     """
-    if str(name_or_path) == "passages":
-        text = files("lens_affect.data").joinpath("passages.jsonl").read_text(encoding="utf-8")
+    if (name := str(name_or_path)) in PASSAGES:
+        text = files("lens_affect.data").joinpath(f"{name}.jsonl").read_text(encoding="utf-8")
         frame = pd.DataFrame([json.loads(line) for line in text.splitlines()])
-        return _from_frame(frame.assign(source="lens_affect"), "passages")
+        return _from_frame(frame.assign(source="lens_affect"), name)
     path = Path(name_or_path)
     if not path.is_file():
         raise ValueError(
-            f"received stimuli {str(name_or_path)!r}; allowed are 'passages' or a .csv, .tsv, .parquet or .jsonl file"
+            f"received stimuli {name!r}; allowed are {', '.join(map(repr, PASSAGES))} or a .csv, .tsv, .parquet or .jsonl file"
         )
     return _from_frame(read_table(path), path.stem)
 

@@ -125,11 +125,7 @@ class EmotionVectors:
             One row per emotion with columns `top` and `bottom` (tuples of k tokens).
         """
         self.require_match(model_info(model).provenance)
-        scale, matrix = final_norm_scale(model).cpu(), unembedding(model).cpu()
-        directions = self.directions[:, self._layer(layer)]
-        if final_norm_centres(model):
-            directions = directions - directions.mean(-1, keepdim=True)
-        logits = (directions * scale) @ matrix
+        logits = logit_lens(model, self.directions[:, self._layer(layer)])
         rows = []
         for emotion, row in zip(self.emotions, logits, strict=True):
             top, bottom = row.topk(k).indices.tolist(), (-row).topk(k).indices.tolist()
@@ -215,6 +211,21 @@ class EmotionVectors:
         import html
 
         return "<p>" + html.escape(str(self)).replace("\n", "<br>") + "</p>"
+
+
+def logit_lens(model: Any, directions: Float[Tensor, "row d_model"]) -> Float[Tensor, "row token"]:
+    """What directions would add to the logits if they were read out at once: unembedding times the final norm's weight (nostalgebraist, 2020).
+
+    Raw and compatibility numerics agree, up to a constant per direction, which ranks do not see.
+
+    Args:
+        model: where they are read out.
+        directions: in the residual stream.
+    """
+    scale, matrix = final_norm_scale(model).cpu(), unembedding(model).cpu()
+    if final_norm_centres(model):
+        directions = directions - directions.mean(-1, keepdim=True)
+    return (directions * scale) @ matrix
 
 
 def fit_vectors(

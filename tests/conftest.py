@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from lens_affect.catalogue import CATALOGUE, FetchError, fetch
+from lens_affect.meaning import load_emotion_words
 from lens_affect.models import load_model
 from lens_affect.stimuli import load_stimuli
-from tests.tiny import make_hf_model, make_tokenizer
+from tests.tiny import make_hf_model, make_multilingual, make_tokenizer
 
 # Tiny models are faster on one thread, and many times faster when the other core is busy; real weights share the cores out.
 torch.set_num_threads(1)
@@ -67,6 +68,13 @@ def tiny_model(_models):
         return _models[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def multilingual():
+    """A bridge around a random model whose tokenizer has our emotion words of nine languages as single tokens; read-only."""
+    hf_model, tokenizer = make_multilingual(load_emotion_words()["word"])
+    return load_model(hf_model, tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -330,7 +330,8 @@ def test_an_empty_file_is_refused(tmp_path):
 
 def test_unknown_names_and_formats_are_refused_with_what_is_allowed(tmp_path):
     with pytest.raises(
-        ValueError, match=r"received stimuli 'passage'; allowed are 'passages' or a \.csv, \.tsv, \.parq"
+        ValueError,
+        match=r"received stimuli 'passage'; allowed are 'passages', 'passages_es', 'passages_zh' or a \.csv, \.tsv, \.parq",
     ):
         load_stimuli("passage")
     (tmp_path / "mine.xlsx").write_text("x")

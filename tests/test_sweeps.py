@@ -123,7 +123,7 @@ def test_a_folder_with_other_files_is_refused(model_folder, tmp_path):
         ({"scores": ("accuracy",)}, "received scores \\['accuracy'\\]; allowed are"),
         ({"colour": "red"}, "colour.*allowed keys are model, methods"),
         ({"n_stories": 0}, "n_stories = 0"),
-        ({"stimuli": "no_such.csv"}, "allowed are 'passages' or a .csv"),
+        ({"stimuli": "no_such.csv"}, "allowed are 'passages', 'passages_es', 'passages_zh' or a .csv"),
     ],
 )
 def test_wrong_settings_are_refused_before_any_work(settings, message):

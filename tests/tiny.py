@@ -104,3 +104,23 @@ def make_hf_model(family: str, *, seed: int = 0) -> torch.nn.Module:
     model = cls(type(config).from_dict(config.to_dict())).eval()
     model.config.architectures = [cls.__name__]
     return model
+
+
+def make_multilingual(words, *, seed: int = 0):
+    """A random Llama and a SentencePiece-like tokenizer that has each word as one token, with and without a space before, and all bytes."""
+    pieces = ["<unk>", "<bos>", "<eos>", *(f"<0x{i:02X}>" for i in range(256)), "▁"]
+    pieces += list(
+        dict.fromkeys(form for word in words for form in (word.replace(" ", "▁"), "▁" + word.replace(" ", "▁")))
+    )
+    inner = Tokenizer(
+        models.Unigram([(piece, -float(len(piece) < 2)) for piece in pieces], unk_id=0, byte_fallback=True)
+    )
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+    settings = _GATED | {"vocab_size": len(pieces) + 3, "hidden_size": 64, "num_hidden_layers": 2}
+    config = LlamaConfig(**settings | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2})
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config).eval()
+    model.config.architectures = ["LlamaForCausalLM"]
+    return model, tokenizer
