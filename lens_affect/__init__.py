@@ -74,6 +74,8 @@ if TYPE_CHECKING:
     from lens_affect.plotting_patching import plot_patching as plot_patching
     from lens_affect.plotting_patching import plot_positions as plot_positions
     from lens_affect.plotting_patching import plot_siblings as plot_siblings
+    from lens_affect.plotting_steering import plot_dose as plot_dose
+    from lens_affect.plotting_steering import plot_regimes as plot_regimes
     from lens_affect.projections import LayerProjections as LayerProjections
     from lens_affect.projections import projection_by_layer as projection_by_layer
     from lens_affect.protocols import extract_protocol as extract_protocol
@@ -215,6 +217,8 @@ _HOME = {
     "plot_anisotropy": "plotting",
     "plot_curves": "plotting",
     "plot_emotions": "plotting",
+    "plot_regimes": "plotting_steering",
+    "plot_dose": "plotting_steering",
     "plot_methods": "plotting",
     "plot_patching": "plotting_patching",
     "plot_positions": "plotting_patching",

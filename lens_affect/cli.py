@@ -1,5 +1,5 @@
 """The command line: `lens-affect sweep MODEL`, `scorecard RUN`, `recommend RUN`, `study SPEC`, `patch MODEL`,
-`explain MODEL TEXT`, `catalogue`, `doctor MODEL`.
+`explain MODEL TEXT`, `steer MODEL PROMPT`, `catalogue`, `doctor MODEL`.
 
 Exit code 2 for wrong input, 1 for a run that failed. Heavy imports happen inside the commands, so --help answers at once.
 """
@@ -369,6 +369,72 @@ def _fit_on_passages(model: Any, layer: int | None, report: Callable[[str], Any]
     return fit_vectors(
         activations
     ), f"Vectors: fitted now on our {len(passages)} passages; --vectors FOLDER takes saved ones"
+
+
+@app.command()
+def steer(
+    model: Annotated[str, typer.Argument(help="Catalogue name, hub id, folder or GGUF file.")],
+    prompt: Annotated[str, typer.Argument(help="A request, or an opening to be continued.")],
+    emotion: Annotated[str, typer.Option(help="Whose direction is added.")],
+    strength: Annotated[
+        str, typer.Option(help="Comma-separated shares of the residual stream's norm; negative pushes away.")
+    ] = "0.4",
+    layers: Annotated[str, typer.Option(help="Comma-separated 0-based blocks; the middle one by default.")] = "",
+    vectors: Annotated[str, typer.Option(help=VECTORS_HELP)] = "",
+    tokens: Annotated[int, typer.Option(help="Longest text.")] = 48,
+    seed: Annotated[int, typer.Option(help="Of sampling and of the random direction.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """What a model writes without steering, pushed along an emotion, and pushed as far along a random direction."""
+    with _errors():
+        import numpy as np
+        import pandas as pd
+
+        from lens_affect.doses import UNSTEERED, sweep_strengths
+        from lens_affect.models import load_model
+
+        found = _saved_vectors(vectors)[0] if vectors else None
+        strengths, chosen = _numbers(strength, float, "--strength"), _numbers(layers, int, "--layers")
+        with _progress(quiet or json) as report:
+            with report("load the model"):
+                lens = load_model(model, dtype="float32")
+            if found is None:
+                found, _ = _fit_on_passages(lens, None, report)
+            with report("write") as progress:
+                dose = sweep_strengths(
+                    lens,
+                    found,
+                    [prompt],
+                    emotions=[emotion],
+                    layers=chosen or None,
+                    strengths=strengths,
+                    n_tokens=tokens,
+                    seed=seed,
+                    progress=progress,
+                )
+        keep = dose.column("kind") != UNSTEERED[1]
+        shown = pd.DataFrame(
+            {name: dose.column(name)[keep] for name in ("kind", "strength", "text", "repetition", "kl", "change")}
+        )
+        shown.insert(3, "perplexity_ratio", np.exp(dose.log_ratio[keep]))
+        if json:
+            print(shown.to_json(orient="records", indent=1))
+            return
+        shown.loc[:, "text"] = [" ".join(text.split()) for text in shown["text"]]
+        _print_table(shown.round(2), f"{dose.provenance.title}: {emotion}")
+
+
+def _numbers(text: str, kind: Callable[[str], Any], option: str) -> list[Any]:
+    """Comma-separated numbers.
+
+    Raises:
+        ValueError: something that is none.
+    """
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"received {option} {text!r}; allowed are comma-separated numbers, e.g. 0.2,0.4") from None
 
 
 @app.command()

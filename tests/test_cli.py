@@ -198,6 +198,42 @@ def test_a_text_is_explained_with_saved_vectors_or_with_our_passages(model_folde
     assert "received layer 3; allowed are 0 to 2" in other.stderr
 
 
+def test_steer_shows_the_texts_side_by_side(model_folder, finished):
+    command = [
+        "steer",
+        model_folder,
+        "Hello there",
+        "--emotion",
+        "happy",
+        "--vectors",
+        finished,
+        "--tokens",
+        "14",
+        "--quiet",
+    ]
+    done = runner.invoke(app, [*command, "--strength", "0.5,-0.5", "--json"])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout)
+    assert [(r["kind"], r["strength"]) for r in rows] == [
+        ("unsteered", 0.0),
+        ("steered", 0.5),
+        ("steered", -0.5),
+        ("random", 0.5),
+        ("random", -0.5),
+    ]
+    assert rows[0]["perplexity_ratio"] == pytest.approx(1)
+    assert all(r["text"] is not None for r in rows)
+    assert "unsteered" in runner.invoke(app, command).stdout
+    wrong = runner.invoke(app, [*command, "--strength", "a lot"])
+    assert wrong.exit_code == 2
+    assert "received --strength 'a lot'; allowed are comma-separated numbers" in wrong.stderr
+    unknown = runner.invoke(
+        app, ["steer", model_folder, "Hello", "--emotion", "hungry", "--vectors", finished, "--quiet"]
+    )
+    assert unknown.exit_code == 2
+    assert "received emotion 'hungry'" in unknown.stderr
+
+
 def test_patch_prints_the_headline_and_saves_map_table_and_figure(model_folder, finished, tmp_path):
     table = "clean,corrupted,clean_words,corrupted_words,group\n"
     table += "".join(

@@ -1,0 +1,157 @@
+"""Dose-responses and regime maps in, plotly figures out. Titles state the finding; intervals and random directions are always drawn."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from lens_affect.doses import DoseResponse
+from lens_affect.regimes import REGIMES, RegimeMap, Thresholds
+from lens_affect.style import EMOTION_COLOURS, EMOTION_MARKERS, draw_band, set_layout
+
+REGIME_COLOURS = {
+    "surgical": "#009E73",
+    "inert": "#BBBBBB",
+    "undecided": "#FFFFFF",
+    "degraded": "#E69F00",
+    "repetitive_collapse": "#0072B2",
+    "explosive": "#D55E00",
+    "invalid": "#000000",
+}
+"""Colour of a regime, everywhere."""
+MEASURES = {
+    "perplexity_ratio": "perplexity, steered / unsteered (geometric mean)",
+    "repetition": "repeated 3-grams, share",
+    "kl": "KL from the unsteered model, nats per token",
+    "change": "achieved change of the residual stream, |x' - x| / |x|",
+}
+"""What plot_dose draws, with its unit."""
+
+
+def plot_dose(dose: DoseResponse, *, measure: str = "perplexity_ratio", title: str | None = None) -> go.Figure:
+    """One measure over strength, a line per emotion with its interval over topics, random directions dotted, thresholds as lines.
+
+    Args:
+        dose: of sweep_strengths.
+        measure: a name from MEASURES.
+        title: a finding; by default where the measure leaves the band of unchanged text, or its range.
+
+    Raises:
+        ValueError: an unknown measure.
+    """
+    if measure not in MEASURES:
+        raise ValueError(f"received measure={measure!r}; allowed are {list(MEASURES)}")
+    cells, figure = dose.to_frame(), go.Figure()
+    start = 1.0 if measure == "perplexity_ratio" else 0.0
+    for emotion in dose.emotions:
+        own = pd.DataFrame(cells[(cells["kind"] == "steered") & (cells["emotion"] == emotion)]).sort_values(
+            by="strength"
+        )
+        colour = EMOTION_COLOURS.get(emotion, "#7F7F7F")
+        x, y = own["strength"].to_numpy(float), own[measure].to_numpy(float)
+        draw_band(
+            figure, x, own[f"{measure}_low"].to_numpy(float), own[f"{measure}_high"].to_numpy(float), colour, None, 0.12
+        )
+        figure.add_scatter(
+            x=x, y=y, mode="lines+markers", name=emotion, line={"color": colour},
+            marker={"symbol": EMOTION_MARKERS.get(emotion, "circle"), "size": 7},
+            hovertemplate=f"{emotion} at %{{x:+g}}: %{{y:.3f}}<extra></extra>",
+        )  # fmt: skip
+    random = pd.DataFrame(cells[cells["kind"] == "random"]).sort_values(by="strength")
+    if len(random):
+        figure.add_scatter(
+            x=random["strength"], y=random[measure], mode="lines", name="random directions", line={"color": "#000000", "dash": "dot"}
+        )  # fmt: skip
+    lines = _thresholds(dose, measure)
+    for name, value in lines.items():
+        figure.add_hline(
+            y=value,
+            line={"color": "#999999", "width": 1, "dash": "dash"},
+            annotation={"text": name, "font": {"size": 10}},
+        )
+    set_layout(
+        figure,
+        title or _dose_title(dose, cells, measure),
+        "strength (share of the residual stream's norm; 0: unsteered)",
+        MEASURES[measure],
+    )
+    if measure == "perplexity_ratio":
+        figure.update_yaxes(type="log")
+    figure.add_vline(x=0, line={"color": "#CCCCCC", "width": 1})
+    figure.add_scatter(
+        x=[0], y=[start], mode="markers", marker={"color": "#7F7F7F", "symbol": "x"}, name="unsteered", showlegend=False
+    )
+    return figure
+
+
+def _thresholds(dose: DoseResponse, measure: str) -> dict[str, float]:
+    limits = Thresholds.of(dose)
+    if measure == "perplexity_ratio":
+        return {"1 / r_ok": 1 / limits.r_ok, "r_ok": limits.r_ok, "r_high": limits.r_high}
+    return {"99 % of ordinary prose stays below": limits.repetition} if measure == "repetition" else {}
+
+
+def _dose_title(dose: DoseResponse, cells: pd.DataFrame, measure: str) -> str:
+    own = pd.DataFrame(cells[cells["kind"] == "steered"])
+    strengths, values = own["strength"].to_numpy(float), own[measure].to_numpy(float)
+    at = [s for s in dose.strengths if np.isfinite(values[strengths == s]).any()]
+    if not at:
+        return f"{dose.provenance.title}<br>no text at any strength"
+    means = {s: _average(values[strengths == s], measure) for s in at}
+    largest = max(means, key=lambda s: means[s])
+    smallest = min(means, key=lambda s: means[s])
+    layers = f"layer {dose.layers[0]}" if len(dose.layers) == 1 else f"{len(dose.layers)} layers"
+    return (
+        f"{dose.provenance.title}, {layers}, {len(dose.prompts)} prompts of {dose.name}<br>{MEASURES[measure].split(',')[0]}: from {means[smallest]:.2f} at "
+        f"{smallest:+g} to {means[largest]:.2f} at {largest:+g} (mean of {len(dose.emotions)} emotions)"
+    )
+
+
+def _average(values: np.ndarray, measure: str) -> float:
+    known = values[np.isfinite(values)]
+    return math.exp(float(np.log(known).mean())) if measure == "perplexity_ratio" else float(known.mean())
+
+
+def plot_regimes(found: RegimeMap, *, title: str | None = None) -> go.Figure:
+    """Regime of every emotion (rows) at every strength (columns); the number is its bootstrap probability.
+
+    Args:
+        found: of classify_regimes.
+        title: a finding; by default how many cells are in which regime.
+    """
+    own = pd.DataFrame(found.table[found.table["kind"] == "steered"])
+    names = list(REGIMES)
+    emotions = list(dict.fromkeys(own["emotion"]))
+    columns = [f"{s:+g}" for s in found.strengths]
+    code = np.full((len(emotions), len(columns)), np.nan)
+    text = [[""] * len(columns) for _ in emotions]
+    for emotion, strength, regime, row in zip(
+        own["emotion"], own["strength"], own["regime"], own.to_dict("records"), strict=True
+    ):
+        i, k = emotions.index(emotion), found.strengths.index(float(strength))
+        code[i, k] = names.index(str(regime))
+        text[i][k] = f"{float(row[f'p_{regime}']):.2f}"
+    edges: list[Any] = []
+    for i, name in enumerate(names):
+        edges += [[i / len(names), REGIME_COLOURS[name]], [(i + 1) / len(names), REGIME_COLOURS[name]]]
+    figure = go.Figure(
+        go.Heatmap(
+            z=code, x=columns, y=emotions, text=text, texttemplate="%{text}", zmin=-0.5, zmax=len(names) - 0.5, colorscale=edges, xgap=2, ygap=2,
+            colorbar={"tickvals": list(range(len(names))), "ticktext": [n.replace("_", " ") for n in names]},
+            hovertemplate="%{y} at %{x}: probability %{text}<extra></extra>",
+        )
+    )  # fmt: skip
+    counts = Counter(str(regime) for regime in own["regime"])
+    most = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in counts.most_common())
+    head = f"{found.provenance.title}, {found.name}"
+    set_layout(
+        figure,
+        title or f"{head}<br>of {len(own)} cells: {most}",
+        "strength (share of the residual stream's norm); number: bootstrap probability",
+        "",
+    )
+    figure.update_xaxes(type="category")
+    return figure
