@@ -264,7 +264,8 @@ class PatchingMap:
         return (
             f"{head}\n"
             f"largest effect {best['effect']:.2f} [{best['low']:.2f}, {best['high']:.2f}] at {best['site']}, layer {best['layer']}, position "
-            f"{best['position']}; above {self.null} with family-wise {p_text(float(best['p_family']), min(smallest, 4095))}"
+            f"{best['position']}; {'' if best['p_family'] < 0.05 else 'not shown to be '}above {self.null}: family-wise "
+            f"{p_text(float(best['p_family']), min(smallest, 4095))}"
         )
 
     def _repr_html_(self) -> str:

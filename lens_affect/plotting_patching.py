@@ -56,7 +56,7 @@ def plot_positions(found: PatchingMap, site: str, *, title: str | None = None) -
     Args:
         found: of patch_sites, with positions `each`.
         site: one of its sites.
-        title: a finding; by default the cell with the largest effect.
+        title: a finding; by default the cell with the largest effect, among positions that half of the pairs have.
 
     Raises:
         ValueError: a site that was not patched.
@@ -72,7 +72,8 @@ def plot_positions(found: PatchingMap, site: str, *, title: str | None = None) -
     figure = _heatmap(wide["effect"], "layer %{y}, position %{x}: %{z:.3f} (%{customdata} pairs)", wide["n"])
     _mark(figure, wide["p_family"], found)
     x_title = f"position, counted from the end (-1: last); dots: family-wise p < 0.05 against {found.null}"
-    set_layout(figure, title or _patching_title(found, table), x_title, "layer (0-based block)")
+    common = pd.DataFrame(table[2 * table["n"] >= table["n"].max()])  # a position that few pairs reach is no finding
+    set_layout(figure, title or _patching_title(found, common), x_title, "layer (0-based block)")
     figure.update_xaxes(type="category")
     return figure
 

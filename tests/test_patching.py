@@ -318,8 +318,9 @@ def test_pairs_without_the_behaviour_can_be_left_out_and_are_counted():
     raw, gap = found.effect_raw[:, 0, 0, 0].double(), found.gap.double()
     assert found.to_frame(shown_only=True)["effect"][0] == pytest.approx(float(raw[5:].sum() / gap[5:].sum()))
     assert "48 pairs in 12 groups, 43 show the behaviour" in str(found)
-    assert "above a random donor with family-wise" in str(found)
-    assert "above 0 with family-wise" in str(replace(found, controls={}, control_changes={}))
+    assert "; above a random donor: family-wise p" in str(found)
+    assert "; above 0: family-wise p" in str(replace(found, controls={}, control_changes={}))
+    assert "not shown to be above a random donor" in str(replace(found, controls={"random": found.effect_raw}))
     nothing = replace(found, gap=torch.linspace(-1, 1, 48))
     assert "NOT ABOVE 0" in str(nothing)
     with pytest.raises(ValueError, match="no pair shows the behaviour"):
