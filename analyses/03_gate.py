@@ -48,12 +48,12 @@ MAPS = {
     "affect, each": ("affect", 12, {"positions": "each", "sites": ("gate", "attn_out"), "controls": ()}),
 }
 if QUICK:
-    small = {"layers": [10, 20], "controls": ("random",)}
+    small = {"layers": [10, 20], "controls": ("random",), "sites": ("gate", "up", "attn_out")}
     MAPS = {
         "affect, last": ("affect", 12, {"positions": "last", **small}),
-        "affect, all": ("affect", 8, {"positions": "all", **small}),
-        "affect, projection": ("affect", 4, {"metric": "projection", "sites": ("gate", "up"), **small}),
-        "affect, each": ("affect", 4, {"positions": "each", "sites": ("gate", "attn_out"), **small}),
+        "affect, all": ("affect", 6, {"positions": "all", **small}),
+        "affect, projection": ("affect", 3, {"metric": "projection", **small, "sites": ("gate", "up")}),
+        "affect, each": ("affect", 3, {"positions": "each", **small, "sites": ("gate", "attn_out"), "layers": [20]}),
     }
 pio.renderers.default = "json" if QUICK else "png"
 
@@ -77,7 +77,7 @@ def emotion_vectors(name):
     if name not in vectors:
         passages = la.load_stimuli("passages")
         if QUICK:
-            passages = passages.select(groups=["train", "garden", "school"])
+            passages = passages.select(groups=["train", "garden"])
         activations = la.extract_activations(loaded(name), passages, pooling="mean_without_sinks")
         vectors[name] = la.fit_vectors(activations)
     return vectors[name]

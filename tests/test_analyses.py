@@ -54,9 +54,10 @@ def test_the_gate_runs_in_quick_mode(one_loading, monkeypatch, capsys, tmp_path)
     monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path))
     names = runpy.run_path(str(ROOT / "analyses" / "03_gate.py"))
     printed = capsys.readouterr().out
-    assert "affect: denoise by logit_difference, 9 pairs" in printed
-    assert "the gate is special: cannot be decided" in printed
-    assert list(names["tables"]["smollm2-135m-instruct"]["site"]) == list(names["found"].sites)
+    assert "affect: denoise by logit difference, 12 pairs in 12 groups" in printed
+    assert "affect: denoise by projection at layer 24, 3 pairs" in printed
+    assert "positions last: the gate is special: cannot be decided" in printed
+    assert list(names["tables"]["smollm2-135m-instruct", "all"]["site"]) == ["gate", "up", "attn_out"]
     assert "afraid" in names["view"].html
 
 

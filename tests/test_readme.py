@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
+import lens_affect
 from lens_affect.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,8 +21,11 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.mark.weights
-def test_the_examples_run_in_turn_and_print_what_the_readme_shows(real_model):
-    real_model("smollm2-135m-instruct")  # fetched, or skipped with the reason
+def test_the_examples_run_in_turn_and_print_what_the_readme_shows(real_model, monkeypatch):
+    real_model(
+        "smollm2-135m-instruct"
+    )  # fetched, or skipped with the reason; loaded once, since loading is tested elsewhere
+    monkeypatch.setattr(lens_affect, "load_model", lambda name: real_model(name), raising=False)
     printed = io.StringIO()
     names: dict[str, object] = {}
     with contextlib.redirect_stdout(printed):
