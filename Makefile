@@ -26,7 +26,7 @@ demo: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/lens-affect sweep smollm2-135m-instruct --quick --resume --out runs/demo
 
 test: .venv/installed-dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .

@@ -34,6 +34,11 @@ TIME_BUDGETS = {
 _spent: dict[str, float] = collections.defaultdict(float)
 
 
+def pytest_collection_modifyitems(items):
+    """Long modules first: with one file at a time per worker, a long one at the end would keep the other worker waiting."""
+    items.sort(key=lambda item: -TIME_BUDGETS.get(item.path.name, 60))
+
+
 def pytest_runtest_logreport(report):
     _spent[os.path.basename(report.location[0])] += report.duration
 

@@ -25,7 +25,7 @@ def test_the_examples_run_in_turn_and_print_what_the_readme_shows(real_model, mo
     real_model(
         "smollm2-135m-instruct"
     )  # fetched, or skipped with the reason; loaded once, since loading is tested elsewhere
-    monkeypatch.setattr(lens_affect, "load_model", lambda name: real_model(name), raising=False)
+    monkeypatch.setattr(lens_affect, "load_model", real_model, raising=False)
     printed = io.StringIO()
     names: dict[str, object] = {}
     with contextlib.redirect_stdout(printed):
