@@ -55,7 +55,7 @@ if QUICK:
         "affect, projection": ("affect", 3, {"metric": "projection", **small, "sites": ("gate", "up")}),
         "affect, each": ("affect", 3, {"positions": "each", **small, "sites": ("gate", "attn_out"), "layers": [20]}),
     }
-pio.renderers.default = "json" if QUICK else "png"
+pio.renderers.default = "json" if QUICK else "svg"
 
 
 def save(figure, name, *results):

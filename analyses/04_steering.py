@@ -35,7 +35,7 @@ FIGURES, RUNS = HERE.parent / "figures", Path(os.environ.get("LENS_AFFECT_RUNS",
 LAYERS = {"smollm2-135m-instruct": 14, "gemma-3-270m": 11}  # where emotions are told apart best (01_layer_sweep)
 MODELS = list(LAYERS)[: 1 if QUICK else 2]
 EMOTIONS = ["happy", "sad", "afraid", "angry"][: 1 if QUICK else 4]
-pio.renderers.default = "json" if QUICK else "png"
+pio.renderers.default = "json" if QUICK else "svg"
 
 
 def save(figure, name, *results):
