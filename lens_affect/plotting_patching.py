@@ -11,6 +11,8 @@ from lens_affect.patching import SAME, PatchingMap
 from lens_affect.statistics import jackknife_interval
 from lens_affect.style import draw_band, set_layout
 
+SIBLINGS = ("gate", "up", "attn_out", "mlp_out")
+"""What plot_siblings draws by default: the gate, its fair rival, and the two ceilings."""
 SITE_COLOURS = {
     "gate": "#D55E00",
     "up": "#0072B2",
@@ -112,7 +114,7 @@ def _mark(figure: go.Figure, p: pd.DataFrame, found: PatchingMap) -> None:
 def plot_siblings(
     found: PatchingMap,
     *,
-    sites: Sequence[str] = ("gate", "up", "attn_out", "mlp_out"),
+    sites: Sequence[str] | None = None,
     per_change: bool = False,
     title: str | None = None,
 ) -> go.Figure:
@@ -120,13 +122,14 @@ def plot_siblings(
 
     Args:
         found: of patch_sites, with positions `all` or `last`.
-        sites: which of its sites.
+        sites: which of its sites; by default those of SIBLINGS that were patched, or else its first four.
         per_change: effects divided by the relative change of the residual stream that the patch causes.
         title: a finding; by default the layer where the first site differs most from the second.
 
     Raises:
         ValueError: a site that was not patched, or a map of each position.
     """
+    sites = sites or [s for s in SIBLINGS if s in found.sites] or found.sites[:4]
     missing = [s for s in sites if s not in found.sites]
     if missing or len(found.positions) != 1:
         raise ValueError(

@@ -236,8 +236,7 @@ def _patching(sweep: Sweep) -> dict[str, Any]:
     for name, found in maps.items():
         texts.append(f"{name}: {str(found).replace(chr(10), '. ')}.")
         if len(found.positions) == 1:
-            siblings = [s for s in ("gate", "up", "attn_out", "mlp_out") if s in found.sites] or list(found.sites[:4])
-            figures += [_html(plot_siblings(found, sites=siblings, per_change=p)) for p in (False, True)]
+            figures += [_html(plot_siblings(found, per_change=p)) for p in (False, True)]
             figures.append(_html(plot_patching(found)))
         else:
             figures += [_html(plot_positions(found, site)) for site in found.sites[:4]]

@@ -30,6 +30,7 @@ def test_siblings_are_drawn_with_interval_and_random_donor_and_the_title_says_wh
         np.array(lines["gate, random donor"].y, float), found.normalized(donor="random")[0][0, :, 0]
     )
     assert "gate is beyond up at layer 1 (mean over layers" in figure.layout.title.text
+    assert {"gate", "up", "attn_out"} <= {d.name for d in plot_siblings(found).data}  # mlp_out was not patched
     turned = plot_siblings(found, sites=("up", "gate", "attn_out")).layout.title.text
     assert "up is beyond attn_out at no layer" in turned
     assert "gate is beyond" not in turned
