@@ -94,8 +94,7 @@ class Case:
         return self.caches[key]
 
     def replay(self, replay: Replay) -> torch.Tensor:
-        good, bad = self.answers
-        return replay.run(self.patches, measure=lambda o: o.output[:, good] - o.output[:, bad])
+        return replay.run(self.patches, measure=lambda o: o.output[:, 0] - o.output[:, 1])
 
     def host(self, pairs: list[int], cells: list[tuple[int, int]], kept: list | None = None) -> None:
         """Patch cells (layer, position) with the host library; in the modes `last` and `all` the position is of no account."""
@@ -139,7 +138,10 @@ def compare(model, pairs: list[tuple], chosen: argparse.Namespace, mode: str) ->
     n_layers, n_spread = int(model.cfg.n_layers), chosen.layers if mode != "each" else max(1, chosen.layers // 3)
     layers = [int(n_layers * (i + 0.5) / n_spread) for i in range(n_spread)]
     case = Case(model, pairs, chosen.site, layers, mode)
-    replay = Replay(model, record(model, case.tokens, case.mask), sites=[chosen.site])
+    recording = record(model, case.tokens, case.mask)
+    # as patch_sites does: only the compared words are unembedded
+    replay = Replay(model, recording, sites=[chosen.site], tokens=case.answers)
+    whole = Replay(model, recording, sites=[chosen.site])
     everyone = list(range(len(pairs)))
     alone = everyone[:: max(1, len(pairs) // chosen.alone)]
     middle = int(statistics.median(case.first)) + 2
@@ -163,7 +165,7 @@ def compare(model, pairs: list[tuple], chosen: argparse.Namespace, mode: str) ->
     )
     print(
         f"      {batch / median['replay']:.1f}x against the batch, {one_by_one / median['replay']:.1f}x against one pair at a time; "
-        f"largest difference of a logit {difference(case, replay, everyone, batch_cells):.1e}"
+        f"largest difference of a logit {difference(case, whole, everyone, batch_cells):.1e}"
     )
 
 
