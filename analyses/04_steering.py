@@ -28,7 +28,7 @@ import plotly.io as pio
 
 import lens_affect as la
 
-logging.basicConfig(stream=sys.stdout, format="%(message)s")  # warnings belong to the story
+logging.getLogger("lens_affect").addHandler(logging.StreamHandler(sys.stdout))  # our warnings belong to the story
 QUICK = bool(os.environ.get("LENS_AFFECT_QUICK"))  # two prompts and strengths of one model: what the tests run
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 FIGURES, RUNS = HERE.parent / "figures", Path(os.environ.get("LENS_AFFECT_RUNS", HERE.parent / "runs"))

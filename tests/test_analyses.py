@@ -78,6 +78,9 @@ def test_notebooks_are_executed_copies_of_their_scripts(notebook):
     assert counts == list(range(1, len(counts) + 1))
     outputs = [o for c in cells for o in c.get("outputs", [])]
     assert not [o for o in outputs if o.get("name") == "stderr" or o["output_type"] == "error"]
+    printed = "".join("".join(o.get("text", "")) for o in outputs)
+    assert "Traceback" not in printed  # nor a path of the machine that it ran on
+    assert not re.findall(r"/(?:home|root|tmp|work|Users)/", printed)
 
 
 @pytest.mark.parametrize("numbers", sorted((ROOT / "figures").glob("*.json")), ids=lambda p: p.name)
