@@ -27,7 +27,7 @@ from lens_affect.results import Provenance, Stopwatch, content_hash, load_result
 from lens_affect.scenarios import Scenarios
 from lens_affect.scoring import TextScores, score_texts
 from lens_affect.statistics import cluster_means, derive_generator, mean_interval
-from lens_affect.steering import calibrate, check_strength, choose_layers, residual_norms
+from lens_affect.steering import calibrate, check_strength, choose_layers, require_steerable, residual_norms
 from lens_affect.stimuli import NEUTRAL, load_stimuli
 from lens_affect.vectors import EmotionVectors
 
@@ -331,9 +331,7 @@ def _check(
         raise ValueError(f"received controls {unknown}; allowed are {list(CONTROLS)}")
     if mode not in ("add", "clamp"):
         raise ValueError(f"received mode={mode!r}; allowed are 'add' and 'clamp', which have a strength")
-    vectors.require_match(model_info(model).provenance)
-    if vectors.site != "resid_post":
-        raise ValueError(f"received vectors read at {vectors.site}; steering adds to resid_post: fit vectors there")
+    require_steerable(model, vectors)
 
 
 def _planned(

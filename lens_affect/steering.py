@@ -133,9 +133,7 @@ def make_push(
             model or site.
     """
     check_strength(strength)
-    vectors.require_match(model_info(model).provenance)
-    if vectors.site != "resid_post":
-        raise ValueError(f"received vectors read at {vectors.site}; steering adds to resid_post: fit vectors there")
+    require_steerable(model, vectors)
     n_layers = int(model.cfg.n_layers)
     jeong = protocol == "jeong2026"
     chosen = tuple(range(n_layers)) if jeong and layers is None else choose_layers(layers, n_layers)
@@ -157,6 +155,13 @@ def choose_layers(layers: int | Sequence[int] | None, n_layers: int) -> tuple[in
     if not chosen or len(set(chosen)) != len(chosen) or any(not 0 <= layer < n_layers for layer in chosen):
         raise ValueError(f"received layers {list(chosen)}; allowed are different ones of 0 to {n_layers - 1}")
     return chosen
+
+
+def require_steerable(model: LensModel, vectors: EmotionVectors) -> None:
+    """Raises ValueError where vectors are of another model, or were not read at resid_post."""
+    vectors.require_match(model_info(model).provenance)
+    if vectors.site != "resid_post":
+        raise ValueError(f"received vectors read at {vectors.site}; steering adds to resid_post: fit vectors there")
 
 
 def check_strength(strength: float) -> None:
