@@ -45,33 +45,48 @@ def save(figure, name, *results):
     return figure
 
 
-def swept(name):
-    """The dose-response of one model on matter-of-fact beginnings, made once."""
-    folder = RUNS / "steering" / name
-    if not (folder / "manifest.json").is_file():
-        model = la.load_model(name, dtype="float32")
-        passages = la.load_stimuli("passages")
-        if QUICK:
-            passages = passages.select(groups=["train", "garden", "school"])
-        vectors = la.fit_vectors(la.extract_activations(model, passages, pooling="mean_without_sinks"))
-        prompts = la.load_scenarios("neutral")
-        prompts = prompts.select(rows=range(0, len(prompts), 12 if QUICK else 2))
-        strengths = [0.2, 0.8] if QUICK else "auto"
-        dose = la.sweep_strengths(
-            model,
-            vectors,
-            prompts,
-            emotions=EMOTIONS,
-            layers=LAYERS[name],
-            strengths=strengths,
-            n_tokens=16 if QUICK else 48,
-        )
-        dose.save(folder)
-    return la.DoseResponse.load(folder)
+def kept(kind, folder, make):
+    """A result, made once."""
+    if not (RUNS / "steering" / folder / "manifest.json").is_file():
+        make().save(RUNS / "steering" / folder)
+    return kind.load(RUNS / "steering" / folder)
+
+
+def loaded(name):
+    """A model, loaded once."""
+    if name not in models:
+        models[name] = la.load_model(name, dtype="float32")
+    return models[name]
+
+
+def fitted(name):
+    """Emotion vectors of a model from our passages."""
+    passages = la.load_stimuli("passages")
+    if QUICK:
+        passages = passages.select(groups=["train", "garden", "school"])
+    return la.fit_vectors(la.extract_activations(loaded(name), passages, pooling="mean_without_sinks"))
+
+
+def swept(name, prompts, **asked):
+    """Texts of one model at every dose, with random directions beside them."""
+    return la.sweep_strengths(
+        loaded(name), vectors[name], prompts, layers=LAYERS[name], n_tokens=16 if QUICK else 48, **asked
+    )
 
 
 # %%
-doses = {name: swept(name) for name in MODELS}
+models = {}
+vectors = {name: kept(la.EmotionVectors, f"{name}/vectors", lambda name=name: fitted(name)) for name in MODELS}
+neutral, scenarios = la.load_scenarios("neutral"), la.load_scenarios()
+neutral = neutral.select(rows=range(0, len(neutral), 12 if QUICK else 2))
+doses = {
+    name: kept(
+        la.DoseResponse,
+        f"{name}/neutral",
+        lambda name=name: swept(name, neutral, emotions=EMOTIONS, strengths=[0.2, 0.8] if QUICK else "auto"),
+    )
+    for name in MODELS
+}
 for dose in doses.values():
     print(dose, end="\n\n")
 

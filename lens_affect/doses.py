@@ -34,7 +34,7 @@ from lens_affect.vectors import EmotionVectors
 AUTO_STRENGTHS = (-0.8, -0.4, 0.1, 0.2, 0.4, 0.8, 1.6)
 """Shares of the residual norm, from hardly noticed to more than the stream itself; negative ones push away."""
 CONTROLS = {
-    "random": "a random direction per prompt, the same for every emotion",
+    "random": "random directions of each prompt, the same for every emotion",
     "other_emotion": "the direction of another emotion, drawn per prompt",
 }
 """What stands beside the emotion's own direction, at the same achieved change."""
@@ -207,10 +207,11 @@ def sweep_strengths(
     vectors: EmotionVectors,
     prompts: Scenarios | Sequence[str],
     *,
-    emotions: Sequence[str],
+    emotions: Sequence[str] | None = None,
     layers: int | Sequence[int] | None = None,
     strengths: Sequence[float] | str = "auto",
     controls: Sequence[str] = ("random",),
+    n_random: int = 1,
     scope: Scope = "response",
     mode: Mode = "add",
     n_tokens: int = 48,
@@ -228,10 +229,11 @@ def sweep_strengths(
         model: what is steered.
         vectors: directions of this model, read at resid_post.
         prompts: scenarios (requests for chat models, openings for base models), or texts.
-        emotions: targets, of the vectors' emotions.
+        emotions: targets, of the vectors' emotions: every prompt is steered to each. None steers each scenario to its own target.
         layers: one block, several (each strength is calibrated so that the last one's output changes by it), or None for the middle one.
         strengths: shares of the residual norm, none of them 0; AUTO_STRENGTHS by default.
         controls: names from CONTROLS.
+        n_random: random directions per prompt.
         scope: `response`, `prompt` or `all`.
         mode: `add` or `clamp`.
         n_tokens: length limit of each text.
@@ -244,8 +246,8 @@ def sweep_strengths(
         progress: called with (texts done, texts in all).
 
     Raises:
-        ValueError: no prompt, an unknown emotion, layer or control, a strength that makes no sense, vectors of another model or site, or prompts
-            beyond the context window.
+        ValueError: no prompt, an unknown emotion, layer or control, prompts without targets and no emotions, a strength that makes no sense,
+            vectors of another model or site, or prompts beyond the context window.
 
     Example:
         >>> sweep_strengths(model, vectors, load_scenarios("neutral"), emotions=["calm"], layers=14)  # doctest: +SKIP
@@ -262,13 +264,14 @@ def sweep_strengths(
     groups = prompts.groups if isinstance(prompts, Scenarios) else tuple(f"prompt {i}" for i in range(len(texts)))
     doses = AUTO_STRENGTHS if isinstance(strengths, str) else tuple(float(s) for s in strengths)
     chosen = choose_layers(layers, int(model.cfg.n_layers))
-    _check(model, vectors, texts, emotions, doses, controls, mode)
+    targets = _targets(prompts, emotions, len(texts))
+    _check(model, vectors, texts, targets, doses, controls, n_random, mode)
     writer = _Writer(model, vectors, texts, chosen, scope, mode, chosen_form, seed)
     sampling: dict[str, Any] = {"max_new_tokens": n_tokens, "temperature": temperature, "top_p": top_p}
     rows = [_Row(kind, "", "", 0.0, p) for kind in UNSTEERED for p in range(len(texts))]
     plain = writer.write(rows, sampling, rows_at_once, progress, (0, 1))
     writer.reference = plain[: len(texts)]
-    rows = _planned(emotions, doses, controls, len(texts), vectors.emotions, seed)
+    rows = _planned(targets, doses, controls, n_random, vectors.emotions, seed)
     total = len(rows) + len(plain)
     written = [*plain, *writer.write(rows, sampling, rows_at_once, progress, (len(plain), total))]
     heads = [encode_prompt(model, text, form=chosen_form)[0] for text in texts]
@@ -286,7 +289,7 @@ def sweep_strengths(
         limits=_limits(tuple(token_ids(model.tokenizer, text) for text in load_stimuli("passages").texts), n_tokens),
         norms=residual_norms(model),
         prompts=texts,
-        emotions=tuple(emotions),
+        emotions=tuple(dict.fromkeys(e for of_prompt in targets for e in of_prompt)),
         strengths=tuple(sorted(doses)),
         layers=chosen,
         scope=scope,
@@ -303,22 +306,32 @@ def sweep_strengths(
     )
 
 
+def _targets(prompts: Scenarios | Sequence[str], emotions: Sequence[str] | None, n: int) -> tuple[tuple[str, ...], ...]:
+    """Emotions that each prompt is steered to."""
+    if emotions is None:
+        if not isinstance(prompts, Scenarios) or NEUTRAL in prompts.emotions:
+            raise ValueError(
+                "received prompts without targets and emotions=None; name the emotions, or use load_scenarios()"
+            )
+        return tuple((target,) for target in prompts.emotions)
+    if isinstance(emotions, str) or not emotions:
+        raise ValueError(f"received emotions={emotions!r}; allowed is a list with at least one emotion of the vectors")
+    return (tuple(emotions),) * n
+
+
 def _check(
     model: LensModel,
     vectors: EmotionVectors,
     texts: Sequence[str],
-    emotions: Sequence[str],
+    targets: Sequence[Sequence[str]],
     doses: Sequence[float],
     controls: Sequence[str],
+    n_random: int,
     mode: str,
 ) -> None:
     if not texts or not all(text.strip() for text in texts):
         raise ValueError(f"received {len(texts)} prompts, or an empty one; allowed are one or more texts")
-    if isinstance(emotions, str) or not emotions:
-        raise ValueError(
-            f"received emotions={emotions!r}; allowed is a list with at least one of {list(vectors.emotions)}"
-        )
-    for emotion in emotions:
+    for emotion in {e for of_prompt in targets for e in of_prompt}:
         vectors.vector(emotion, vectors.layers[0])
     if not doses or len(set(doses)) != len(doses) or 0.0 in doses:
         raise ValueError(
@@ -329,22 +342,36 @@ def _check(
     unknown = [c for c in controls if c not in CONTROLS]
     if unknown:
         raise ValueError(f"received controls {unknown}; allowed are {list(CONTROLS)}")
+    if n_random < 1:
+        raise ValueError(
+            f"received n_random={n_random}; allowed is 1 or more (leave 'random' out of controls for none)"
+        )
     if mode not in ("add", "clamp"):
         raise ValueError(f"received mode={mode!r}; allowed are 'add' and 'clamp', which have a strength")
     require_steerable(model, vectors)
 
 
 def _planned(
-    emotions: Sequence[str], doses: Sequence[float], controls: Sequence[str], n: int, known: Sequence[str], seed: int
+    targets: Sequence[Sequence[str]],
+    doses: Sequence[float],
+    controls: Sequence[str],
+    n_random: int,
+    known: Sequence[str],
+    seed: int,
 ) -> list[_Row]:
-    rows = [_Row("steered", e, e, s, p) for e in emotions for s in doses for p in range(n)]
+    emotions = dict.fromkeys(e for of_prompt in targets for e in of_prompt)
+    asked = [(e, p) for e in emotions for p in range(len(targets)) if e in targets[p]]
+    rows = [_Row("steered", e, e, s, p) for s in doses for e, p in asked]
     if "random" in controls:
-        rows += [_Row("random", "", f"random {p}", s, p) for s in doses for p in range(n)]
+        # The first direction of a prompt has the prompt's own number, so asking for more changes none of those before.
+        names = [(p, f"random {p}" + (f".{k}" if k else "")) for k in range(n_random) for p in range(len(targets))]
+        rows += [_Row("random", "", name, s, p) for s in doses for p, name in names]
     if "other_emotion" in controls:
-        for emotion in emotions:
-            others = [e for e in known if e not in (emotion, NEUTRAL)]
-            drawn = derive_generator(seed, "other emotion", emotion).integers(0, len(others), n)
-            rows += [_Row("other_emotion", emotion, others[drawn[p]], s, p) for s in doses for p in range(n)]
+        others = {e: [o for o in known if o not in (e, NEUTRAL)] for e in emotions}
+        drawn = {
+            e: derive_generator(seed, "other emotion", e).integers(0, len(others[e]), len(targets)) for e in emotions
+        }
+        rows += [_Row("other_emotion", e, others[e][drawn[e][p]], s, p) for s in doses for e, p in asked]
     return rows
 
 
@@ -427,9 +454,8 @@ class _Writer:
         if row.kind in UNSTEERED:
             return 0.0, torch.empty(0)
         if row.kind == "random":
-            drawn = derive_generator(self.seed, "random direction", row.prompt).standard_normal(
-                self.vectors.directions.shape[-1]
-            )
+            width = self.vectors.directions.shape[-1]
+            drawn = derive_generator(self.seed, "random direction", row.vector).standard_normal(width)
             unit = torch.from_numpy(drawn / np.linalg.norm(drawn)).float().expand(len(self.layers), -1)
         else:
             unit = torch.stack([self.vectors.vector(row.vector, layer) for layer in self.layers])

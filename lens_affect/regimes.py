@@ -214,7 +214,7 @@ def classify_regimes(
         raise ValueError(
             f"received a judgement of {len(judgement.probabilities)} texts for {len(dose.table)}; use judge_texts(judge, dose.texts)"
         )
-    damage = _damage(dose, limits)
+    damage = damage_labels(dose, limits)
     cells, groups = dose.cells(), dose.column("group")
     log_ratio, repetition, change = (
         dose.log_ratio,
@@ -248,7 +248,12 @@ def classify_regimes(
     )
 
 
-def _damage(dose: DoseResponse, thresholds: Thresholds) -> np.ndarray:
+def damage_labels(dose: DoseResponse, thresholds: Thresholds) -> np.ndarray:
+    """Damage label of every text, in the order of `dose.table`.
+
+    A text's perplexity is taken against the unsteered text of its prompt, or against the mean of all unsteered texts where that is empty. Logits that are
+    not finite make it invalid.
+    """
     plain = dose.column("nll").astype(float)[dose.column("kind") == UNSTEERED[0]]
     usual = _mean(plain)
     base = np.where(
@@ -276,14 +281,15 @@ def _gain(
     emotion: str,
     strength: float,
 ) -> Float[np.ndarray, " text"] | None:
-    """Target probability minus that of the null's text of the same prompt; None where it cannot be judged."""
+    """Target probability minus the mean of the null's texts of the same prompt; None where it cannot be judged."""
     if judgement is None or emotion not in judgement.emotions:
         return None
     members = cells[kind, emotion, strength]
     null = cells.get(("random", "", strength), cells["unsteered", "", 0.0])
     probability = judgement.probability(emotion).double().numpy()
-    of_prompt = {int(dose.column("prompt")[i]): probability[i] for i in null}
-    return np.array([probability[i] - of_prompt[int(dose.column("prompt")[i])] for i in members])
+    prompt = dose.column("prompt").astype(int)
+    of_prompt = {p: _mean(probability[null[prompt[null] == p]]) for p in set(prompt[null].tolist())}
+    return np.array([probability[i] - of_prompt[prompt[i]] for i in members])
 
 
 def _limits(gain: np.ndarray | None, groups: np.ndarray) -> tuple[float, float, float]:
