@@ -285,9 +285,27 @@ def pad_token_id(model: LensModel) -> int:
 
 
 @torch.no_grad()
-def run_trunk(model: Any, tokens: Int[Tensor, "row position"], mask: Int[Tensor, "row position"]) -> None:
-    """Forward pass up to the last block, for its hooks; the unembedding is never computed."""
-    if is_bridge(model):
+def run_trunk(
+    model: Any,
+    tokens: Int[Tensor, "row position"],
+    mask: Int[Tensor, "row history"],
+    *,
+    past: Any = None,
+) -> None:
+    """Forward pass up to the last block, for its hooks; the unembedding is never computed.
+
+    Args:
+        model: a bridge, or a HookedTransformer (without `past`).
+        tokens: what is read.
+        mask: 1 where a token is real, over what was read before and now.
+        past: keys and values of what was read before; it grows by what is read now.
+    """
+    if past is not None:
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        model.original_model.base_model(
+            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=True
+        )
+    elif is_bridge(model):
         model.original_model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
     else:
         model(tokens, attention_mask=mask, return_type=None)

@@ -1,7 +1,7 @@
 """Batched generation, greedy or sampled with one random stream per row, with interventions per row.
 
 Each row's text depends on its prompt, its seed and its own interventions, not on which other rows share the batch: a
-row draws its random numbers from its own stream, and prompts are padded on the left behind a mask.
+row draws its random numbers from its own stream, and prompts are padded on the left behind a mask. A prompt that several rows share is read once.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -26,6 +26,7 @@ from lens_affect.adapter import (
     is_bridge,
     pad_token_id,
 )
+from lens_affect.prefixes import pad_left, read_prefix
 from lens_affect.selfchecks import ensure_checked
 from lens_affect.sites import resolve_site
 from lens_affect.statistics import derive_generator
@@ -131,7 +132,8 @@ def generate(
     names = list(range(len(prompts))) if row_seeds is None else list(row_seeds)
     draws = np.stack([derive_generator(seed, "sample", name).random(max_new_tokens) for name in names])
 
-    state = _Batch(model, heads, use_cache=use_cache and is_bridge(model))
+    untouched = all(change.scope == "response" and not change.relative for change in interventions)
+    state = _Batch(model, heads, use_cache=use_cache and is_bridge(model), share=untouched)
     with add_hooks(model, _hooks(model, interventions, state)) if interventions else nullcontext():
         tokens, finished, finite = _decode(
             state, draws, stops, max_new_tokens, greedy=greedy, temperature=temperature, top_p=top_p, progress=progress
@@ -275,24 +277,22 @@ def sample(
 class _Batch:
     """Left-padded rows with their key-value cache."""
 
-    def __init__(self, model: Any, heads: Sequence[tuple[int, ...]], *, use_cache: bool) -> None:
-        self.model, device = model, device_of(model)
-        self.use_cache = use_cache
-        width = max(map(len, heads))
-        tokens = torch.full((len(heads), width), pad_token_id(model), dtype=torch.long)
-        mask = torch.zeros((len(heads), width), dtype=torch.long)
-        for row, head in enumerate(heads):
-            tokens[row, width - len(head) :] = torch.tensor(head)
-            mask[row, width - len(head) :] = 1
-        self.new, self.mask = tokens.to(device), mask.to(device)
-        self.history, self.history_mask = self.new, self.mask
-        self.prompt_width, self.cache = width, None
+    def __init__(self, model: Any, heads: Sequence[tuple[int, ...]], *, use_cache: bool, share: bool) -> None:
+        self.model, self.use_cache = model, use_cache
+        tokens, mask = pad_left(heads, pad_token_id(model))
+        self.history, self.history_mask = tokens.to(device_of(model)), mask.to(device_of(model))
+        self.prompt_width = tokens.shape[1]
         self.active = list(range(len(heads)))
+        prefix = read_prefix(model, heads) if use_cache and share else None
+        self.cache = None if prefix is None else prefix.expanded()
+        self.new = self.history if prefix is None else self.history[:, -1:]
 
     @property
-    def in_prompt(self) -> bool:
-        """True while the prompt itself is being read."""
-        return self.history.shape[1] == self.prompt_width
+    def response(self) -> Bool[Tensor, " position"]:
+        """Which positions of the pass that is running predict a response token."""
+        n_read = self.new.shape[1] if self.use_cache else self.history.shape[1]
+        place = torch.arange(self.history.shape[1] - n_read, self.history.shape[1])
+        return place >= self.prompt_width - 1
 
     @torch.no_grad()
     def next_logits(self) -> Float[Tensor, "row vocab"]:
@@ -332,18 +332,9 @@ def _hooks(model: LensModel, interventions: Sequence[Intervention], state: _Batc
     return [(resolve_site(model, c.site).at(c.layer), _edit(c, state)) for c in interventions]
 
 
-def _positions(scope: Scope, state: _Batch) -> Bool[Tensor, " position"]:
-    """Which of the positions of this forward pass are in scope."""
-    if state.use_cache and not state.in_prompt:
-        seen = torch.ones(1, dtype=torch.bool)
-        first_response = 0
-    else:
-        seen = torch.ones(state.history.shape[1], dtype=torch.bool)
-        first_response = state.prompt_width - 1
-    if scope == "all":
-        return seen
-    response = torch.arange(len(seen)) >= first_response
-    return response if scope == "response" else ~response
+def in_scope(scope: Scope, response: Bool[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+    """Which positions an intervention changes, by which ones predict a response token."""
+    return torch.ones_like(response) if scope == "all" else response if scope == "response" else ~response
 
 
 def _edit(change: Intervention, state: _Batch) -> Callable[..., Tensor | None]:
@@ -369,7 +360,7 @@ def _edit(change: Intervention, state: _Batch) -> Callable[..., Tensor | None]:
         flat = value.flatten(2)
         part = flat[where]
         direction = vectors * _mean_norm(part, state.history_mask[where]) if change.relative else vectors
-        inside = _positions(change.scope, state).to(value.device)[None, :, None]
+        inside = in_scope(change.scope, state.response).to(value.device)[None, :, None]
         changed = flat.clone()
         changed[where] = torch.where(inside, change_along(part, direction, change.mode), part)
         return changed.view(value.shape)

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_affect.adapter import LensModel, add_hooks, context_window, device_of, pad_token_id, run_trunk
-from lens_affect.generation import Intervention, Scope, change_along
+from lens_affect.generation import Intervention, change_along, in_scope
+from lens_affect.prefixes import read_prefix
 from lens_affect.recording import BATCH_TOKENS, slices, unembed
 from lens_affect.sites import resolve_site
 
@@ -65,18 +66,34 @@ def score_texts(
     n = len(heads)
     found = {name: torch.full((n,), math.nan) for name in ("nll", "kl", "change")}
     reader = _Reader(model, interventions)
-    order = sorted((i for i in range(n) if len(responses[i])), key=lambda i: -(len(heads[i]) + len(responses[i])))
+    # Texts of one prompt stand together, so that a batch has few prompts to read.
+    prompts = {head: i for i, head in enumerate(dict.fromkeys(map(tuple, heads)))}
+    order = sorted(
+        (i for i in range(n) if len(responses[i])), key=lambda i: (prompts[tuple(heads[i])], -len(responses[i]))
+    )
     done = 0
     with reader:
         while order:
-            width = len(heads[order[0]]) + len(responses[order[0]])
-            rows, order = order[: max(1, batch_tokens // width)], order[max(1, batch_tokens // width) :]
+            at_once = _at_once(order, heads, responses, batch_tokens)
+            rows, order = order[:at_once], order[at_once:]
             for name, values in reader.read(rows, heads, responses).items():
                 found[name][rows] = values
             done += len(rows)
             if progress:
                 progress(done, n)
     return TextScores(**found, n_tokens=torch.tensor([len(r) for r in responses]))
+
+
+def _at_once(
+    order: Sequence[int], heads: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], batch_tokens: int
+) -> int:
+    """How many of these texts make a batch of that many padded tokens, with the longest one's prompt counted for each."""
+    width = 0
+    for k, i in enumerate(order):
+        width = max(width, len(heads[i]) + len(responses[i]))
+        if k and (k + 1) * width > batch_tokens:
+            return k
+    return len(order)
 
 
 def _check(
@@ -114,8 +131,9 @@ class _Reader:
             hooks.append((post.at(self._last), self._keep("changed")))
         hooks.append((post.at(n_layers - 1), self._keep("final")))
         self._hooks = hooks
+        self._shares = all(c.scope == "response" for c in interventions)
         self._rows: list[int] = []
-        self._first = torch.empty(0)
+        self._response = torch.empty(0)
         self._real = torch.empty(0)
         self._taken: dict[str, Tensor] = {}
         self._seen: dict[tuple[str, bool], Tensor] = {}
@@ -130,7 +148,8 @@ class _Reader:
 
     def _keep(self, name: str) -> Callable[..., None]:
         def hook(value: Tensor, hook: Any = None) -> None:
-            self._seen[name, self.steered] = value[self._taken[name]]
+            if self._taken:  # not while a prefix is read
+                self._seen[name, self.steered] = value[self._taken[name]]
 
         return hook
 
@@ -147,7 +166,7 @@ class _Reader:
                 vector = vector[[row if of_row is None else of_row[row] for _, row in mine]][:, None, :]
             flat = value.flatten(2)
             part, changed = flat[where], flat.clone()
-            inside = _in_scope(change.scope, self._first[where], self._real[where])[:, :, None]
+            inside = (self._real[where] & in_scope(change.scope, self._response[where]))[:, :, None]
             changed[where] = torch.where(inside, change_along(part, vector.to(part), change.mode), part)
             return changed.view(value.shape)
 
@@ -158,20 +177,28 @@ class _Reader:
     ) -> dict[str, Float[Tensor, " row"]]:
         """nll, kl and change of these rows."""
         device = device_of(self.model)
-        lengths = [len(heads[i]) + len(responses[i]) for i in rows]
-        tokens = torch.full((len(rows), max(lengths)), pad_token_id(self.model), dtype=torch.long)
-        for k, i in enumerate(rows):
-            tokens[k, : lengths[k]] = torch.tensor([*heads[i], *responses[i]])
+        chosen = [heads[i] for i in rows]
+        prefix = read_prefix(self.model, chosen) if self._shares else None
+        # Behind a prefix that was read already, a row starts with the last token of its prompt.
+        bodies = [(*head[0 if prefix is None else -1 :], *responses[i]) for i, head in zip(rows, chosen, strict=True)]
+        first = torch.tensor([len(head) if prefix is None else 1 for head in chosen])[:, None]
+        lengths = torch.tensor([len(body) for body in bodies])[:, None]
+        tokens = torch.full((len(rows), int(lengths.max())), pad_token_id(self.model), dtype=torch.long)
+        for k, body in enumerate(bodies):
+            tokens[k, : len(body)] = torch.tensor(body)
         place = torch.arange(tokens.shape[1])
-        first = torch.tensor([len(heads[i]) for i in rows])[:, None]
-        real = place < torch.tensor(lengths)[:, None]
-        predicting = (place >= first - 1) & (place < torch.tensor(lengths)[:, None] - 1)
-        self._rows, self._first, self._real = rows, first.to(device), real.to(device)
+        real = place < lengths
+        predicting = (place >= first - 1) & (place < lengths - 1)
+        self._rows, self._response, self._real = rows, (place >= first - 1).to(device), real.to(device)
         self._taken = {"final": predicting.to(device), "changed": ((place >= first) & real).to(device)}
+        mask = real.long().to(device)
         for steered in (False, True) if self._interventions else (False,):
             self.steered = steered
-            run_trunk(self.model, tokens.to(device), real.long().to(device))
-        self.steered = False
+            if prefix is None:
+                run_trunk(self.model, tokens.to(device), mask)
+            else:
+                run_trunk(self.model, tokens.to(device), torch.cat([prefix.mask, mask], dim=1), past=prefix.expanded())
+        self.steered, self._taken = False, {}
         owner = torch.arange(len(rows))[:, None].expand_as(predicting)[predicting]
         following = tokens[:, 1:][predicting[:, :-1]].to(device)
         nll, kl = self._compare(following)
@@ -202,14 +229,6 @@ class _Reader:
                     log_q = start_and_logits[1][1].log_softmax(-1)
                     kl[at] = (log_q.exp() * (log_q - log_p)).sum(-1).cpu()
         return nll, kl
-
-
-def _in_scope(
-    scope: Scope, first: Int[Tensor, "row 1"], real: Bool[Tensor, "row position"]
-) -> Bool[Tensor, "row position"]:
-    place = torch.arange(real.shape[1], device=real.device)
-    response = place >= first - 1
-    return real & (torch.ones_like(response) if scope == "all" else response if scope == "response" else ~response)
 
 
 def _mean_by(owner: Int[Tensor, " token"], values: Float[Tensor, " token"], n: int) -> Float[Tensor, " row"]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lens_affect.activations import DEFAULT_BATCH_TOKENS, SINK_RATIO
 from lens_affect.adapter import LensModel, add_hooks, device_of, encode, model_info, pad_right, pad_token_id, run_trunk
-from lens_affect.generation import Intervention, Mode, Scope, change_along
+from lens_affect.generation import Intervention, Mode, Scope, change_along, in_scope
 from lens_affect.sites import resolve_site
 from lens_affect.stimuli import NEUTRAL, load_stimuli
 from lens_affect.vectors import EmotionVectors
@@ -233,18 +233,15 @@ def _edit(push: Push, vector: Float[Tensor, " d_model"], prompt_length: int | No
         direction = vector.to(value)
         if push.relative:
             direction = direction * value.norm(dim=-1).mean()
-        inside = _in_scope(push.scope, value.shape[1], prompt_length).to(value.device)[None, :, None]
+        inside = in_scope(push.scope, _response(value.shape[1], prompt_length)).to(value.device)[None, :, None]
         return torch.where(inside, change_along(value, direction, push.mode), value)
 
     return hook
 
 
-def _in_scope(scope: Scope, n: int, prompt_length: int | None) -> Bool[Tensor, " position"]:
-    if scope == "all":
-        return torch.ones(n, dtype=torch.bool)
+def _response(n: int, prompt_length: int | None) -> Bool[Tensor, " position"]:
     first = 0 if n == 1 else (n if prompt_length is None else prompt_length) - 1
-    response = torch.arange(n) >= first
-    return response if scope == "response" else ~response
+    return torch.arange(n) >= first
 
 
 def calibrate(
