@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from lens_affect.attribution import attribute_direction as attribute_direction
     from lens_affect.axes import AxisAgreement as AxisAgreement
     from lens_affect.axes import valence_arousal as valence_arousal
+    from lens_affect.boundaries import Onsets as Onsets
+    from lens_affect.boundaries import RegimeBoundaries as RegimeBoundaries
+    from lens_affect.boundaries import compare_onsets as compare_onsets
+    from lens_affect.boundaries import find_boundaries as find_boundaries
+    from lens_affect.boundaries import locate_boundaries as locate_boundaries
     from lens_affect.catalogue import CATALOGUE as CATALOGUE
     from lens_affect.comparison import MethodComparison as MethodComparison
     from lens_affect.comparison import compare_methods as compare_methods
@@ -43,6 +48,8 @@ if TYPE_CHECKING:
     from lens_affect.geometry import emotion_rdm as emotion_rdm
     from lens_affect.gradients import agreement as agreement
     from lens_affect.gradients import approximate_patches as approximate_patches
+    from lens_affect.inside import InsideOutside as InsideOutside
+    from lens_affect.inside import correlate_inside as correlate_inside
     from lens_affect.judgements import Judgement as Judgement
     from lens_affect.judgements import can_name as can_name
     from lens_affect.judgements import judge_agreement as judge_agreement
@@ -75,14 +82,17 @@ if TYPE_CHECKING:
     from lens_affect.plotting_patching import plot_positions as plot_positions
     from lens_affect.plotting_patching import plot_siblings as plot_siblings
     from lens_affect.plotting_steering import plot_dose as plot_dose
+    from lens_affect.plotting_steering import plot_inside as plot_inside
+    from lens_affect.plotting_steering import plot_onsets as plot_onsets
     from lens_affect.plotting_steering import plot_regimes as plot_regimes
+    from lens_affect.plotting_steering import plot_scripts as plot_scripts
+    from lens_affect.plotting_steering import plot_verification as plot_verification
     from lens_affect.projections import LayerProjections as LayerProjections
     from lens_affect.projections import projection_by_layer as projection_by_layer
     from lens_affect.protocols import extract_protocol as extract_protocol
     from lens_affect.regimes import RegimeMap as RegimeMap
     from lens_affect.regimes import Thresholds as Thresholds
     from lens_affect.regimes import classify_regimes as classify_regimes
-    from lens_affect.regimes import find_boundaries as find_boundaries
     from lens_affect.repetition import repetition_share as repetition_share
     from lens_affect.report import write_report as write_report
     from lens_affect.reported import check_effect_size as check_effect_size
@@ -106,6 +116,8 @@ if TYPE_CHECKING:
     from lens_affect.steering import make_push as make_push
     from lens_affect.steering import residual_norms as residual_norms
     from lens_affect.steering import steer as steer
+    from lens_affect.steering_study import SteeringStudy as SteeringStudy
+    from lens_affect.steering_study import study_steering as study_steering
     from lens_affect.stimuli import EMOTIONS as EMOTIONS
     from lens_affect.stimuli import Stimuli as Stimuli
     from lens_affect.stimuli import load_prompts as load_prompts
@@ -122,6 +134,8 @@ if TYPE_CHECKING:
     from lens_affect.sweeps import run_sweep as run_sweep
     from lens_affect.vectors import EmotionVectors as EmotionVectors
     from lens_affect.vectors import fit_vectors as fit_vectors
+    from lens_affect.verification import Verification as Verification
+    from lens_affect.verification import verify_steering as verify_steering
     from lens_affect.views import TokenView as TokenView
     from lens_affect.views import circuitsvis_view as circuitsvis_view
     from lens_affect.views import view_tokens as view_tokens
@@ -141,6 +155,7 @@ _HOME = {
     "GateVerdict": "gate",
     "Generated": "generation",
     "GeometryAgreement": "geometry",
+    "InsideOutside": "inside",
     "Intervention": "generation",
     "Judge": "judges",
     "Judgement": "judgements",
@@ -150,10 +165,12 @@ _HOME = {
     "MeaningTable": "meaning",
     "MethodComparison": "comparison",
     "NeuronTable": "neurons",
+    "Onsets": "boundaries",
     "PatchingMap": "patching",
     "Provenance": "results",
     "Push": "steering",
     "Recommendation": "advice",
+    "RegimeBoundaries": "boundaries",
     "RegimeMap": "regimes",
     "SCORES": "scores",
     "SITES": "sites",
@@ -162,6 +179,7 @@ _HOME = {
     "ScriptComparison": "crosslingual",
     "ScriptTable": "crosslingual",
     "Site": "sites",
+    "SteeringStudy": "steering_study",
     "Stimuli": "stimuli",
     "Stories": "stories",
     "Sweep": "sweeps",
@@ -169,6 +187,7 @@ _HOME = {
     "Thresholds": "regimes",
     "TokenView": "views",
     "TransferTable": "languages",
+    "Verification": "verification",
     "agreement": "gradients",
     "approximate_patches": "gradients",
     "attribute_direction": "attribution",
@@ -179,7 +198,9 @@ _HOME = {
     "classify_regimes": "regimes",
     "compare_geometry": "geometry",
     "compare_methods": "comparison",
+    "compare_onsets": "boundaries",
     "compare_scripts": "crosslingual",
+    "correlate_inside": "inside",
     "curve_shape": "shapes",
     "effect_sizes": "effects",
     "emotion_rdm": "geometry",
@@ -187,7 +208,7 @@ _HOME = {
     "extract_activations": "activations",
     "extract_poolings": "activations",
     "extract_protocol": "protocols",
-    "find_boundaries": "regimes",
+    "find_boundaries": "boundaries",
     "fit_vectors": "vectors",
     "foreign_meaning": "meaning",
     "generate": "generation",
@@ -207,6 +228,7 @@ _HOME = {
     "load_study": "study",
     "load_sweep": "sweeps",
     "localize": "localization",
+    "locate_boundaries": "boundaries",
     "make_push": "steering",
     "make_scorecard": "scorecard",
     "make_spec": "sweeps",
@@ -216,16 +238,20 @@ _HOME = {
     "patch_sites": "patching",
     "plot_anisotropy": "plotting",
     "plot_curves": "plotting",
-    "plot_emotions": "plotting",
-    "plot_regimes": "plotting_steering",
     "plot_dose": "plotting_steering",
+    "plot_emotions": "plotting",
+    "plot_inside": "plotting_steering",
     "plot_methods": "plotting",
+    "plot_onsets": "plotting_steering",
     "plot_patching": "plotting_patching",
     "plot_positions": "plotting_patching",
+    "plot_regimes": "plotting_steering",
     "plot_reliability": "plotting",
+    "plot_scripts": "plotting_steering",
     "plot_siblings": "plotting_patching",
     "plot_similarity": "plotting",
     "plot_valence_arousal": "plotting",
+    "plot_verification": "plotting_steering",
     "projection_by_layer": "projections",
     "recommend": "advice",
     "repetition_share": "repetition",
@@ -238,10 +264,12 @@ _HOME = {
     "script_entanglement": "crosslingual",
     "script_shares": "scripts",
     "steer": "steering",
+    "study_steering": "steering_study",
     "sweep_strengths": "doses",
     "text_languages": "scripts",
     "top_neurons": "neurons",
     "valence_arousal": "axes",
+    "verify_steering": "verification",
     "view_tokens": "views",
     "write_report": "report",
     "write_stories": "stories",

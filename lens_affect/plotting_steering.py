@@ -8,9 +8,13 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from lens_affect.boundaries import Onsets
 from lens_affect.doses import DoseResponse
+from lens_affect.inside import InsideOutside
 from lens_affect.regimes import REGIMES, RegimeMap, Thresholds
+from lens_affect.steering_study import SteeringStudy
 from lens_affect.style import EMOTION_COLOURS, EMOTION_MARKERS, draw_band, set_layout
+from lens_affect.verification import CRITERIA, Verification
 
 REGIME_COLOURS = {
     "surgical": "#009E73",
@@ -154,4 +158,146 @@ def plot_regimes(found: RegimeMap, *, title: str | None = None) -> go.Figure:
         "",
     )
     figure.update_xaxes(type="category")
+    return figure
+
+
+def plot_verification(found: Verification, *, title: str | None = None) -> go.Figure:
+    """Success rates of steering with Wilson intervals beside those of random directions, per strength and criterion.
+
+    Args:
+        found: of verify_steering.
+        title: a finding; by default the paired difference at the declared strength.
+    """
+    table = found.to_frame()
+    table = pd.DataFrame(table[table["pull"] == "all"])
+    figure = go.Figure()
+    colours = {"rises": "#0072B2", "strict": "#D55E00"}
+    for criterion in CRITERIA:
+        own = pd.DataFrame(table[table["criterion"] == criterion])
+        x = [f"{s:+g}" for s in own["strength"]]
+        rate, low, high = (own[c].to_numpy(float) for c in ("rate", "low", "high"))
+        figure.add_scatter(
+            x=x, y=rate, mode="markers", name=f"steered: {criterion}", marker={"color": colours[criterion], "size": 11},
+            error_y={"type": "data", "symmetric": False, "array": high - rate, "arrayminus": rate - low},
+            hovertemplate=f"{criterion} at %{{x}}: %{{y:.2f}}<extra></extra>",
+        )  # fmt: skip
+        figure.add_scatter(
+            x=x, y=own["random"], mode="markers", name=f"random directions: {criterion}",
+            marker={"color": colours[criterion], "size": 11, "symbol": "line-ew-open", "line": {"width": 3}},
+            hovertemplate=f"random, {criterion} at %{{x}}: %{{y:.2f}}<extra></extra>",
+        )  # fmt: skip
+    gap, (successes, n) = found.difference(), found.successes()
+    text = (
+        f"{found.provenance.title}, strength {found.strength:+g}: target rises in {successes} of {n} scenarios<br>{float(gap.estimate):+.2f} "
+        f"[{float(gap.low):+.2f}, {float(gap.high):+.2f}] against {found.n_random} random directions each"
+    )
+    set_layout(
+        figure,
+        title or text,
+        "strength (share of the residual stream's norm)",
+        "share of scenarios (bars: Wilson, 95 %)",
+    )
+    figure.update_xaxes(type="category")
+    figure.update_yaxes(range=[0, 1])
+    return figure
+
+
+def plot_scripts(study: SteeringStudy, *, title: str | None = None) -> go.Figure:
+    """Share of texts with a letter of a script other than Latin, dose by dose, steered beside random directions.
+
+    Args:
+        study: of study_steering.
+        title: a finding; by default the largest share.
+    """
+    table, figure = study.script_table(), go.Figure()
+    plain = float(table[table["kind"].isin(["unsteered", "unsteered_again"])]["texts_with_foreign"].mean())
+    for kind, colour, dash in (("steered", "#0072B2", "solid"), ("random", "#000000", "dot")):
+        own = pd.DataFrame(table[table["kind"] == kind]).sort_values(by="strength")
+        if own.empty:
+            continue
+        figure.add_scatter(
+            x=own["strength"], y=own["texts_with_foreign"], mode="lines+markers", name=kind, line={"color": colour, "dash": dash},
+            hovertemplate=f"{kind} at %{{x:+g}}: %{{y:.2f}}<extra></extra>",
+        )  # fmt: skip
+    figure.add_hline(
+        y=plain,
+        line={"color": "#999999", "width": 1, "dash": "dash"},
+        annotation={"text": "unsteered", "font": {"size": 10}},
+    )
+    own = pd.DataFrame(table[table["kind"] == "steered"])
+    most = own.sort_values(by="texts_with_foreign").to_dict("records")[-1]
+    text = (
+        f"{study.dose.provenance.title}, {study.dose.name}<br>foreign letters in {most['texts_with_foreign']:.2f} of the texts at {most['strength']:+g}, "
+        f"in {plain:.2f} without steering"
+    )
+    set_layout(
+        figure, title or text, "strength (share of the residual stream's norm)", "texts with foreign letters, share"
+    )
+    return figure
+
+
+def plot_onsets(found: Onsets, *, title: str | None = None) -> go.Figure:
+    """Share of damaged texts over the achieved change, a line per model, random directions dotted.
+
+    Args:
+        found: of compare_onsets.
+        title: a finding; by default where half of each model's texts are damaged.
+    """
+    figure = go.Figure()
+    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+    models = list(dict.fromkeys(found.shares["model"]))
+    for i, model in enumerate(models):
+        for kind, dash in (("steered", "solid"), ("random", "dot")):
+            own = pd.DataFrame(found.shares[(found.shares["model"] == model) & (found.shares["kind"] == kind)])
+            figure.add_scatter(
+                x=own["change"], y=own["any"], mode="lines+markers", name=f"{model}, {kind}", line={"color": colours[i % len(colours)], "dash": dash},
+                hovertemplate=f"{model}, {kind}, change %{{x:.2f}}: %{{y:.2f}}<extra></extra>",
+            )  # fmt: skip
+    figure.add_hline(y=0.5, line={"color": "#999999", "width": 1, "dash": "dash"})
+    set_layout(
+        figure,
+        title or "<br>".join(str(found).splitlines()),
+        "achieved change of the residual stream, |x' - x| / |x|",
+        "damaged texts, share",
+    )
+    figure.update_xaxes(type="log")
+    figure.update_yaxes(range=[0, 1])
+    return figure
+
+
+def plot_inside(found: InsideOutside, *, title: str | None = None) -> go.Figure:
+    """Correlation of judge and projection per emotion with its interval, a colour per set of texts; grey: 95 % of relabellings.
+
+    Args:
+        found: of correlate_inside.
+        title: a finding; by default the mean correlation of each set.
+    """
+    figure = go.Figure()
+    colours = {"unsteered": "#7F7F7F", "steered": "#0072B2", "random": "#000000"}
+    means = []
+    for texts in dict.fromkeys(found.table["texts"]):
+        own = pd.DataFrame(found.table[(found.table["texts"] == texts) & found.table["rho"].notna()])
+        if own.empty:
+            continue
+        rho, low, high = (own[c].to_numpy(float) for c in ("rho", "low", "high"))
+        means.append(f"{texts} {rho.mean():.2f}")
+        # Centred on the estimate of the null so that the bar is the band of relabellings.
+        middle = (own["null_low"].to_numpy(float) + own["null_high"].to_numpy(float)) / 2
+        figure.add_scatter(
+            x=own["emotion"], y=middle, mode="markers", showlegend=False, hoverinfo="skip", marker={"size": 1, "color": "#CCCCCC"},
+            error_y={"type": "data", "array": own["null_high"].to_numpy(float) - middle, "color": "#DDDDDD", "thickness": 8, "width": 0},
+        )  # fmt: skip
+        figure.add_scatter(
+            x=own["emotion"], y=rho, mode="markers", name=texts, marker={"color": colours[str(texts)], "size": 9},
+            error_y={"type": "data", "symmetric": False, "array": high - rho, "arrayminus": rho - low},
+            hovertemplate=f"{texts}, %{{x}}: %{{y:.2f}}<extra></extra>",
+        )  # fmt: skip
+    figure.add_hline(y=0, line={"color": "#999999", "width": 1})
+    set_layout(
+        figure,
+        title
+        or f"{found.provenance.title}, layer {found.layer}<br>mean correlation of judge and projection: {', '.join(means)}",
+        "",
+        "rank correlation within doses (bars: 95 %, prompts resampled)",
+    )
     return figure

@@ -5,12 +5,11 @@ frequent one, and only a cell of sound texts is asked whether the push did what 
 """
 
 import html
-import itertools
 import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -340,57 +339,6 @@ def _probabilities(
             lowest = np.nanmean(means, axis=1) - half
     found = _regimes(counts[drawn].sum(1), lowest)
     return {f"p_{name}": float((found == name).mean()) for name in REGIMES}
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """A strength at which one regime gives way to another."""
-
-    low: float
-    """Largest strength at which the first regime was seen."""
-    high: float
-    """Smallest strength at which the second one was."""
-    below: str
-    """Regime at `low`."""
-    above: str
-    """Regime at `high`."""
-
-
-def find_boundaries(
-    label_at: Callable[[float], str], strengths: Sequence[float], *, precision: float = 0.1
-) -> tuple[Boundary, ...]:
-    """Where labels change along strength, by bisection between neighbours that differ.
-
-    Args:
-        label_at: label of a strength, such as the regime of a new sweep at it; called once per strength.
-        strengths: where to look first, in order.
-        precision: width of the last bracket, as a share of its middle.
-
-    Returns:
-        One boundary per pair of neighbours that differ; where a third label lies between two, both boundaries around it.
-
-    Raises:
-        ValueError: fewer than two strengths, or not in order.
-
-    Example:
-        >>> find_boundaries(lambda s: "surgical" if s < 0.37 else "explosive", [0.1, 0.8])[0].below
-        'surgical'
-    """
-    places = list(strengths)
-    if len(places) < 2 or sorted(set(places)) != places:
-        raise ValueError(f"received strengths {places}; allowed are two or more in increasing order")
-    known = {place: label_at(place) for place in places}
-    found = []
-    brackets = [(a, b) for a, b in itertools.pairwise(places) if known[a] != known[b]]
-    while brackets:
-        low, high = brackets.pop(0)
-        middle = (low + high) / 2
-        if high - low <= precision * max(abs(middle), precision):
-            found.append(Boundary(low, high, known[low], known[high]))
-            continue
-        known[middle] = label_at(middle)
-        brackets = [(a, b) for a, b in ((low, middle), (middle, high)) if known[a] != known[b]] + brackets
-    return tuple(found)
 
 
 def jeong_regime(texts: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from lens_affect.plotting import (
     plot_valence_arousal,
 )
 from lens_affect.plotting_patching import plot_patching, plot_positions, plot_siblings
+from lens_affect.plotting_steering import plot_dose, plot_regimes, plot_scripts, plot_verification
 from lens_affect.results import write_text_atomically
 from lens_affect.scorecard import make_scorecard
 from lens_affect.scores import SCORES
@@ -86,6 +87,7 @@ def write_report(sweep: Sweep, path: str | Path | None = None) -> Path:
         _geometry(sweep),
         _reliability(sweep),
         _patching(sweep),
+        *_steering(sweep),
         _texts(sweep),
         _provenance(first),
     ]
@@ -243,6 +245,45 @@ def _patching(sweep: Sweep) -> dict[str, Any]:
         table = found.to_frame().round(4).to_html(index=False, border=0, escape=True)
         tables.append(f"<details><summary>All numbers of {html.escape(name)}</summary>{table}</details>")
     return {"title": "Which site carries it: activation patching", "texts": texts, "figures": figures, "tables": tables}
+
+
+def _steering(sweep: Sweep) -> list[dict[str, Any]]:
+    sections = []
+    for name, study in sweep.steering.items():
+        texts = [
+            "An emotion's direction is added at one layer in doses that are shares of the residual stream's norm. A text's perplexity is taken against the "
+            "unsteered text of the same prompt, under the unsteered model; a cell is surgical where its texts are sound and an external classifier sees more of "
+            "the target than under random directions of the same dose.",
+            *str(study).splitlines(),
+        ]
+        figures = [_html(plot_dose(study.dose, measure=m)) for m in ("perplexity_ratio", "repetition")]
+        figures.append(_html(plot_regimes(study.regimes)))
+        if study.verification is not None:
+            figures.append(_html(plot_verification(study.verification)))
+        figures.append(_html(plot_scripts(study)))
+        tables = [
+            f"<details><summary>All cells of {html.escape(name)}</summary>{_round(study.regimes.table)}</details>"
+        ]
+        if study.verification is not None:
+            tables.append(
+                f"<details><summary>Verification by strength</summary>{_round(study.verification.to_frame())}</details>"
+            )
+        for part in (study.scripts, study.meaning):
+            texts += str(part).splitlines() if part is not None else []
+        sections.append(
+            {
+                "title": f"What happens when you push: {name}",
+                "texts": texts,
+                "figures": figures,
+                "quotes": study.samples(),
+                "tables": tables,
+            }
+        )
+    return sections
+
+
+def _round(table: pd.DataFrame) -> str:
+    return table.round(4).to_html(index=False, border=0, escape=True)
 
 
 def _texts(sweep: Sweep) -> dict[str, Any]:

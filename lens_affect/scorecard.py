@@ -8,11 +8,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
 from lens_affect.activations import Activations
@@ -22,43 +21,14 @@ from lens_affect.localization import LocalizationCurve, localize
 from lens_affect.reported import check_effect_size
 from lens_affect.results import Provenance, load_result, save_result
 from lens_affect.shapes import CurveShape
-from lens_affect.statistics import Interval, adjust_p, mean_interval
+from lens_affect.statistics import adjust_p, mean_interval
+from lens_affect.steering_claims import steering_rows
 from lens_affect.stimuli import NEUTRAL
 from lens_affect.sweeps import Sweep
+from lens_affect.verdicts import COLUMNS, FAILS, FAMILIES_NEEDED, HOLDS, OPEN, ModelFacts, by_sign, claim_row
 
-HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be decided"
 MIDDLE = (0.35, 0.65)
 """Depths that count as the middle (P4)."""
-COLUMNS = (
-    "id",
-    "claim",
-    "published",
-    "paper_statistic",
-    "sound_statistic",
-    "low",
-    "high",
-    "null",
-    "n",
-    "rule",
-    "verdict",
-    "model",
-    "source",
-    "note",
-)
-FAMILIES_NEEDED = 3
-
-
-class ModelFacts(BaseModel):
-    """What claims about families and tuning need to know of a model."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    family: str = "unknown"
-    """Architecture family."""
-    tuning: Literal["base", "instruct", "unknown"] = "unknown"
-    """Whether it was tuned on instructions."""
-    pair: str = ""
-    """Name shared by a base model and its instruct version."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +76,14 @@ class Scorecard:
 
 
 def make_scorecard(sweeps: Sweep | Sequence[Sweep], facts: Mapping[str, ModelFacts] | None = None) -> Scorecard:
-    """Judge the claims of arXiv:2604.04064 about extraction and localization (P1 to P7) by the runs given.
+    """Judge the claims of arXiv:2604.04064 by the runs given: about extraction and localization (P1 to P7), and about steering (P8 to P12) where a run holds a steering study.
 
     Args:
         sweeps: one finished run or several.
         facts: family, tuning and pair by the model name of the run's spec; catalogue models are known.
 
     Returns:
-        The scorecard. Steering, regimes and module claims are not judged yet and have no row.
+        The scorecard. Claims about modules are not judged here and have no row.
 
     Raises:
         ValueError: no run.
@@ -149,7 +119,9 @@ def make_scorecard(sweeps: Sweep | Sequence[Sweep], facts: Mapping[str, ModelFac
             rows.append(_u_shape(run, method, shape))
     rows.append(_everywhere(shapes, known))
     rows += [_beyond_anisotropy(run, method) for run in runs for method in run.spec.methods if method in run.directions]
-    table = pd.DataFrame(rows, columns=list(COLUMNS)).sort_values(by="id", kind="stable", ignore_index=True)
+    rows += steering_rows([(run.spec.model, study) for run in runs for study in run.steering.values()], known)
+    rows.sort(key=lambda row: int(str(row["id"])[1:]))
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
     for column in ("paper_statistic", "sound_statistic", "low", "high", "null"):
         table[column] = table[column].astype(float)
     return Scorecard(table, main_curve(runs[0], runs[0].spec.methods[0]).provenance)
@@ -169,17 +141,6 @@ def _facts(model: str, given: Mapping[str, ModelFacts]) -> ModelFacts:
 def main_curve(run: Sweep, method: str) -> LocalizationCurve:
     """nearest_mean of one method, or the first score of a run that lacks it."""
     return run.curves.get((method, "nearest_mean")) or run.curves[method, run.spec.scores[0]]
-
-
-def _row(id: str, claim: str, published: str, rule: str, **found: Any) -> dict[str, Any]:
-    empty: dict[str, Any] = dict.fromkeys(("paper_statistic", "sound_statistic", "low", "high", "null"), float("nan"))
-    empty |= {"n": 0, "model": "", "source": "", "note": "", "verdict": OPEN}
-    return {"id": id, "claim": claim, "published": published, "rule": rule} | empty | found
-
-
-def by_sign(interval: Interval) -> str:
-    """Holds if the interval lies above 0, does not hold if it lies below, else it cannot be decided."""
-    return HOLDS if float(interval.low) > 0 else FAILS if float(interval.high) < 0 else OPEN
 
 
 # P1 to P3: who wrote the text
@@ -232,7 +193,7 @@ def _papers_cosines(run: Sweep) -> tuple[float, float]:
 
 def _better_source(run: Sweep, advantage: np.ndarray | None, reason: str = "") -> dict[str, Any]:
     stories, passages = _papers_cosines(run)
-    start = _row(
+    start = claim_row(
         *BETTER_SOURCE,
         "holds if the 95 % interval over topics of accuracy(stories) - accuracy(passages) lies above 0, does not hold if below",
         paper_statistic=stories - passages,
@@ -263,7 +224,7 @@ def _better_source_in_all(runs: Sequence[Sweep], advantages: Mapping[str, np.nda
     complete = bool(np.isfinite(cosines).all())
     paper = mann_whitney(cosines[:, 0], cosines[:, 1]) if complete else None
     paired = f"; sign test p = {paired_tests(cosines[:, 0], cosines[:, 1]).p_sign:.3g}" if complete else ""
-    return _row(
+    return claim_row(
         *BETTER_SOURCE,
         f"over models: holds if the 95 % t interval of their mean advantages lies above 0; needs {FAMILIES_NEEDED} models",
         paper_statistic=paper.p if paper else float("nan"),
@@ -287,7 +248,7 @@ def _tuning(advantages: Mapping[str, np.ndarray], facts: Mapping[str, ModelFacts
         if facts[model].pair:
             pairs.setdefault(facts[model].pair, {})[facts[model].tuning] = advantage
     whole = {k: v for k, v in pairs.items() if {"base", "instruct"} <= set(v)}
-    start = _row(
+    start = claim_row(
         "P2",
         "the advantage of written text is larger after instruction tuning",
         "stated without a number",
@@ -314,7 +275,7 @@ def _architecture(advantages: Mapping[str, np.ndarray], facts: Mapping[str, Mode
     for model, advantage in advantages.items():
         families.setdefault(facts[model].family, []).append(advantage)
     families.pop("unknown", None)
-    start = _row(
+    start = claim_row(
         "P3",
         "the advantage of written text depends on the architecture",
         "stated without a number",
@@ -357,7 +318,7 @@ def _middle(run: Sweep, method: str) -> dict[str, Any]:
     inside = low >= MIDDLE[0] and high <= MIDDLE[1]
     outside = high < MIDDLE[0] or low > MIDDLE[1]
     paper = run.curves.get((method, "mean_cosine_neutral"))
-    return _row(
+    return claim_row(
         "P4",
         "emotions are represented at middle depth",
         "about 50 % depth",
@@ -384,7 +345,7 @@ def _shape(curve: LocalizationCurve) -> CurveShape | None:
 def _u_shape(run: Sweep, method: str, shape: CurveShape | None) -> dict[str, Any]:
     curve = main_curve(run, method)
     wanted = "u" if curve.better == "low" else "inverted_u"
-    start = _row(
+    start = claim_row(
         "P5",
         "the curve over depth is a U (turned over for scores that are better when high)",
         "U-shaped",
@@ -419,7 +380,7 @@ def _everywhere(
     families.pop("unknown", None)
     contrary = [k for k, v in families.items() if not all(v)]
     enough = len(families) >= FAMILIES_NEEDED
-    return _row(
+    return claim_row(
         "P6",
         "the curve is such a U in every architecture from 124M to 3B",
         "architecture-invariant",
@@ -443,7 +404,7 @@ def _beyond_anisotropy(run: Sweep, method: str) -> dict[str, Any]:
     thresholds = float(labels.threshold[i]), float(directions.threshold[i])
     p = max(float(labels.p_family[i]), float(directions.p_family[i]))
     decidable = 1 / (1 + labels.n_permutations) < 0.05
-    return _row(
+    return claim_row(
         "P7",
         "separation survives anisotropy baselines",
         "baselines in 4 models",

@@ -25,6 +25,7 @@ from lens_affect.nulls import p_text
 from lens_affect.patching import PatchingMap
 from lens_affect.results import Stopwatch, content_hash, load_result, save_result, write_text_atomically
 from lens_affect.scores import SCORES
+from lens_affect.steering_study import SteeringStudy
 from lens_affect.stimuli import EMOTIONS, NEUTRAL, Stimuli, load_stimuli
 from lens_affect.stories import Stories, write_stories
 from lens_affect.vectors import EmotionVectors, fit_vectors
@@ -35,6 +36,8 @@ Method = Literal["comprehension", "generation"]
 SPEC = "spec.json"
 MAPS = "patching"
 """Folder of a run that holds patching maps."""
+STEERING = "steering"
+"""Folder of a run that holds its steering studies."""
 
 
 class SweepSpec(BaseModel):
@@ -202,6 +205,12 @@ class Sweep:
         """Patching maps that were added to the run (`lens-affect patch MODEL --run FOLDER`), by name."""
         found = sorted((self.folder / MAPS).glob("*/manifest.json"))
         return {manifest.parent.name: PatchingMap.load(manifest.parent) for manifest in found}
+
+    @property
+    def steering(self) -> dict[str, SteeringStudy]:
+        """Steering studies that were added to the run (`lens-affect regimes MODEL --run FOLDER`), by name."""
+        found = sorted((self.folder / STEERING).glob("*/regimes/manifest.json"))
+        return {m.parent.parent.name: SteeringStudy.load(m.parent.parent) for m in found}
 
     def to_frame(self) -> pd.DataFrame:
         """All curves in long form with columns method and score in front."""

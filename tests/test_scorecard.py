@@ -19,11 +19,10 @@ from lens_affect.scorecard import (
     OPEN,
     ModelFacts,
     Scorecard,
-    by_sign,
     make_scorecard,
     source_advantage,
 )
-from lens_affect.statistics import Interval, mean_interval
+from lens_affect.statistics import mean_interval
 from lens_affect.sweeps import Sweep, SweepSpec
 from lens_affect.vectors import fit_vectors
 from tests.test_localization import layers
@@ -177,13 +176,6 @@ def test_a_pair_and_three_families_decide_them(tmp_path):
 
 def replace_methods(run):
     return replace(run, spec=run.spec.model_copy(update={"methods": ("comprehension",)}))
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "verdict"), [(0.1, 0.3, HOLDS), (-0.3, -0.1, FAILS), (-0.1, 0.1, OPEN), (0.0, 0.2, OPEN)]
-)
-def test_a_verdict_by_sign_needs_the_whole_interval(low, high, verdict):
-    assert by_sign(Interval(np.array(0.0), np.array(low), np.array(high))) == verdict
 
 
 def test_without_permutations_nothing_is_claimed_about_baselines(tmp_path):

@@ -1,0 +1,97 @@
+"""Claims about steering: planted studies get the verdict that the declared rule gives them."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lens_affect.regimes import classify_regimes
+from lens_affect.steering_claims import steering_rows
+from lens_affect.steering_study import SteeringStudy
+from lens_affect.verdicts import COLUMNS, FAILS, HOLDS, OPEN, ModelFacts
+from lens_affect.verification import verify_steering
+from tests.test_regimes import RULE, judged, planted
+from tests.test_verification import judgement_of, swept
+
+
+def made(cells, gains=None, *, rises=None, **options) -> SteeringStudy:
+    dose = planted(cells, n_prompts=24, **options)
+    judgement = judged(dose, gains or {})
+    study = SteeringStudy(dose, judgement, classify_regimes(dose, judgement, thresholds=RULE))
+    if rises is None:
+        return study
+    tried = swept()
+    steered, random = rises
+    read = judgement_of(tried, steered=steered, random=random, top="target")
+    return replace(
+        study, scenario_dose=tried, scenario_judgement=read, verification=verify_steering(tried, read, thresholds=RULE)
+    )
+
+
+def row(study, id, source=""):
+    rows = steering_rows([("m", study)], {"m": ModelFacts(family="A")})
+    found = [r for r in rows if r["id"] == id and source in (r["source"], "")]
+    assert all(set(r) == set(COLUMNS) for r in rows)
+    return found[0]
+
+
+QUIET = {("steered", "calm", 0.2): (0.0, 0.0), ("random", "", 0.2): (0.0, 0.0)}
+THREE = QUIET | {
+    ("steered", "calm", 0.8): (0.0, 0.5),
+    ("steered", "calm", 1.6): (2.0, 0.0),
+    ("random", "", 0.8): (0.0, 0.0),
+    ("random", "", 1.6): (0.0, 0.0),
+}
+
+
+@pytest.mark.parametrize(("rises", "verdict"), [((0.5, 0.0), HOLDS), ((0.5, 0.5), OPEN), ((0.0, 0.5), FAILS)])
+def test_steering_is_causal_only_above_random_directions(rises, verdict):
+    found = row(made(QUIET, rises=rises), "P8", "rises")
+    assert found["verdict"] == verdict
+    assert found["n"] == 24
+    if rises == (0.5, 0.5):
+        assert found["paper_statistic"] == 1.0 == found["null"]  # the paper's count alone would call it perfect
+
+
+def test_without_scenarios_there_is_no_row_about_causality():
+    assert not [r for r in steering_rows([("m", made(QUIET))], {}) if r["id"] == "P8"]
+    assert steering_rows([], {}) == []
+
+
+def test_three_regimes_must_all_be_seen():
+    gains = {("steered", 0.2): 0.3}
+    three = row(made(THREE, gains), "P9", "regimes")
+    assert (three["verdict"], three["sound_statistic"]) == (HOLDS, 3.0)
+    two = row(made({k: v for k, v in THREE.items() if k[2] != 1.6}, gains), "P9", "regimes")
+    assert (two["verdict"], two["sound_statistic"]) == (FAILS, 2.0)
+
+
+def test_the_ratio_must_tell_loops_from_other_texts():
+    apart = {("steered", "calm", 0.2): (0.0, 0.0), ("steered", "calm", 0.8): (-2.0, 0.5)}
+    found = row(made(apart), "P9", "ratio")
+    assert found["verdict"] == HOLDS
+    assert found["sound_statistic"] == pytest.approx(0.0)
+    mixed = {("steered", "calm", 0.2): (0.0, 0.0), ("steered", "calm", 0.8): (0.0, 0.5)}
+    found = row(made(mixed, noise=1.0), "P9", "ratio")
+    assert found["verdict"] == FAILS
+    assert found["low"] < 0.5 < found["high"]
+    none = row(made(QUIET), "P9", "ratio")
+    assert none["verdict"] == OPEN
+    assert math.isnan(none["sound_statistic"])
+
+
+def test_claims_about_families_and_pairs_stay_open_and_say_what_is_missing():
+    study = made(THREE)
+    found = row(study, "P10")
+    assert found["verdict"] == OPEN
+    assert "1 of 3 families" in found["note"]
+    assert "half of the texts" in found["note"]
+    pair = {
+        "a": ModelFacts(family="A", tuning="base", pair="x"),
+        "b": ModelFacts(family="A", tuning="instruct", pair="x"),
+    }
+    rows = steering_rows([("a", study), ("b", study)], pair)
+    assert [r["note"] for r in rows if r["id"] == "P12"] == ["pairs among the studies: x"]
+    assert all(r["verdict"] == OPEN for r in rows if r["id"] == "P12")
+    assert np.isnan(rows[0]["paper_statistic"])

@@ -1,0 +1,78 @@
+"""A steering study: the parts are those of single calls, come back from disk, and say which texts got which label."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from lens_affect.doses import UNSTEERED, sweep_strengths
+from lens_affect.judgements import judge_texts
+from lens_affect.judges import load_judge
+from lens_affect.regimes import classify_regimes
+from lens_affect.scenarios import load_scenarios
+from lens_affect.steering_study import PARTS, SteeringStudy, study_steering
+from lens_affect.verification import verify_steering
+from tests.test_patching import vectors_of
+
+EMOTIONS = ("happy", "sad", "afraid", "angry", "calm", "loving", "grateful")
+PROMPTS = ["Hello there", "Write about a cat in the garden", "Why"]
+ASKED = {"layers": 1, "n_tokens": 12, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def study(tiny_model):
+    model = tiny_model("llama")
+    return study_steering(
+        model, vectors_of(model, EMOTIONS), load_judge("lexicon"), prompts=PROMPTS, emotions=["happy", "sad"], strengths=[0.2, 0.8],
+        scenarios=load_scenarios().select(emotions=["loving", "grateful"]), verified_at=(0.4,), n_random=2, languages=True, **ASKED,
+    )  # fmt: skip
+
+
+def test_the_parts_are_those_of_single_calls(tiny_model, study):
+    model = tiny_model("llama")
+    vectors, judge = vectors_of(model, EMOTIONS), load_judge("lexicon")
+    dose = sweep_strengths(model, vectors, PROMPTS, emotions=["happy", "sad"], strengths=[0.2, 0.8], **ASKED)
+    assert dose.texts == study.dose.texts
+    pd.testing.assert_frame_equal(classify_regimes(dose, judge_texts(judge, dose.texts)).table, study.regimes.table)
+    scenarios = load_scenarios().select(emotions=["loving", "grateful"])
+    tried = sweep_strengths(model, vectors, scenarios, strengths=[0.4], n_random=2, **ASKED)
+    assert study.scenario_dose is not None
+    assert tried.texts == study.scenario_dose.texts
+    checked = verify_steering(tried, judge_texts(judge, tried.texts), strength=0.4, scenarios=scenarios)
+    assert str(checked) == str(study.verification)
+    assert study.verification is not None
+    assert study.verification.n_random == 2
+
+
+def test_it_comes_back_from_disk_with_and_without_the_parts_that_may_miss(study, tmp_path):
+    same = SteeringStudy.load(study.save(tmp_path / "study"))
+    assert str(same) == str(study)
+    assert all(getattr(same, name) is not None for name in PARTS)
+    small = replace(study, scenario_dose=None, scenario_judgement=None, verification=None, scripts=None, meaning=None)
+    assert SteeringStudy.load(small.save(tmp_path / "small")).verification is None
+    with pytest.raises(FileNotFoundError, match="which has no dose, judgement, regimes"):
+        SteeringStudy.load(tmp_path)
+
+
+def test_scripts_of_texts_are_shares_of_their_letters(study):
+    table = study.script_table()
+    scripts = [c for c in table.columns if c not in ("kind", "strength", "texts_with_foreign", "n")]
+    assert table[scripts].sum(axis=1).to_numpy() == pytest.approx(1.0)
+    assert table["n"].sum() == len(study.dose.table)
+    # The tiny model writes Latin letters only; a planted foreign text is seen.
+    rows = study.dose.table.copy()
+    row = int(rows.index[rows["kind"] == "steered"][0])
+    rows.loc[row, "text"] = "快乐 happy"
+    planted = replace(study, dose=replace(study.dose, table=rows)).script_table().set_index(["kind", "strength"])
+    key = ("steered", float(rows["strength"][row]))
+    assert planted.loc[key, "texts_with_foreign"] == pytest.approx(1 / planted.loc[key, "n"])
+
+
+def test_samples_carry_the_damage_label_of_their_own_text(study):
+    samples = study.samples()
+    assert samples
+    texts = [" ".join(t.split()) for t in study.dose.texts]
+    for heading, text in samples:
+        labels = {study.regimes.damage[i] for i, t in enumerate(texts) if t == text}
+        assert heading.split(" (")[0].replace(" ", "_") in labels
+    assert not any(kind.split(" (")[1].startswith(UNSTEERED) for kind, _ in samples)
