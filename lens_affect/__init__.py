@@ -101,6 +101,7 @@ if TYPE_CHECKING:
     from lens_affect.scenarios import load_scenarios as load_scenarios
     from lens_affect.scorecard import Scorecard as Scorecard
     from lens_affect.scorecard import make_scorecard as make_scorecard
+    from lens_affect.scorecard import steering_scorecard as steering_scorecard
     from lens_affect.scores import SCORES as SCORES
     from lens_affect.scoring import score_texts as score_texts
     from lens_affect.scripts import script_shares as script_shares
@@ -264,6 +265,7 @@ _HOME = {
     "script_entanglement": "crosslingual",
     "script_shares": "scripts",
     "steer": "steering",
+    "steering_scorecard": "scorecard",
     "study_steering": "steering_study",
     "sweep_strengths": "doses",
     "text_languages": "scripts",

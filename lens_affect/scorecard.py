@@ -23,6 +23,7 @@ from lens_affect.results import Provenance, load_result, save_result
 from lens_affect.shapes import CurveShape
 from lens_affect.statistics import adjust_p, mean_interval
 from lens_affect.steering_claims import steering_rows
+from lens_affect.steering_study import SteeringStudy
 from lens_affect.stimuli import NEUTRAL
 from lens_affect.sweeps import Sweep
 from lens_affect.verdicts import COLUMNS, FAILS, FAMILIES_NEEDED, HOLDS, OPEN, ModelFacts, by_sign, claim_row
@@ -47,7 +48,7 @@ class Scorecard:
     def verdicts(self) -> dict[str, list[str]]:
         """Verdict -> claims; a claim whose rows disagree is named with its source and, with several runs, its model."""
         found: dict[str, list[str]] = {HOLDS: [], FAILS: [], OPEN: []}
-        several = len(set(self.table.loc[self.table["id"] == "P4", "model"])) > 1
+        several = len(set(self.table.loc[self.table["id"].isin(["P4", "P9"]), "model"])) > 1
         for id, rows in self.table.groupby("id", sort=False):
             agree = len(set(rows["verdict"])) == 1
             for verdict, source, model in zip(rows["verdict"], rows["source"], rows["model"], strict=True):
@@ -67,7 +68,7 @@ class Scorecard:
         return load_result(cls, folder)
 
     def __str__(self) -> str:
-        models = ", ".join(dict.fromkeys(self.table.loc[self.table["id"] == "P4", "model"]))
+        models = ", ".join(dict.fromkeys(self.table.loc[self.table["id"].isin(["P4", "P9"]), "model"]))
         parts = [f"{verdict}: {', '.join(ids)}" for verdict, ids in self.verdicts().items() if ids]
         return f"{models}\n" + "; ".join(parts)
 
@@ -120,11 +121,33 @@ def make_scorecard(sweeps: Sweep | Sequence[Sweep], facts: Mapping[str, ModelFac
     rows.append(_everywhere(shapes, known))
     rows += [_beyond_anisotropy(run, method) for run in runs for method in run.spec.methods if method in run.directions]
     rows += steering_rows([(run.spec.model, study) for run in runs for study in run.steering.values()], known)
-    rows.sort(key=lambda row: int(str(row["id"])[1:]))
+    return _scorecard(rows, main_curve(runs[0], runs[0].spec.methods[0]).provenance)
+
+
+def steering_scorecard(
+    studies: Mapping[str, SteeringStudy], facts: Mapping[str, ModelFacts] | None = None
+) -> Scorecard:
+    """Judge the claims about steering (P8 to P12) by studies that belong to no sweep.
+
+    Args:
+        studies: by the name of the model.
+        facts: as for make_scorecard.
+
+    Raises:
+        ValueError: no study.
+    """
+    if not studies:
+        raise ValueError("received no study; give at least one (study_steering)")
+    known = {name: _facts(name, facts or {}) for name in studies}
+    return _scorecard(steering_rows(list(studies.items()), known), next(iter(studies.values())).dose.provenance)
+
+
+def _scorecard(rows: list[dict[str, Any]], provenance: Provenance) -> Scorecard:
+    rows = sorted(rows, key=lambda row: int(str(row["id"])[1:]))
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     for column in ("paper_statistic", "sound_statistic", "low", "high", "null"):
         table[column] = table[column].astype(float)
-    return Scorecard(table, main_curve(runs[0], runs[0].spec.methods[0]).provenance)
+    return Scorecard(table, provenance)
 
 
 def _facts(model: str, given: Mapping[str, ModelFacts]) -> ModelFacts:

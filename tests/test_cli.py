@@ -13,6 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from lens_affect.cli import app
+from lens_affect.steering_study import SteeringStudy
 from lens_affect.sweeps import load_sweep, make_spec, run_sweep
 from tests.test_sweeps import SMALL
 from tests.tiny import make_hf_model, make_tokenizer
@@ -266,3 +267,36 @@ def test_patch_prints_the_headline_and_saves_map_table_and_figure(model_folder, 
     )
     assert wrong.exit_code == 2
     assert "received site 'mlp.hook_pre'; allowed are" in wrong.stderr
+
+
+def test_regimes_prints_the_study_and_saves_its_parts(model_folder, finished, tmp_path):
+    (tmp_path / "mine.csv").write_text("prompt,emotion\nHello there,happy\nA cat sat,happy\nWhy,happy\n")
+    command = [
+        "regimes",
+        model_folder,
+        "--prompts",
+        str(tmp_path / "mine.csv"),
+        "--emotions",
+        "happy",
+        "--strengths",
+        "0.2,0.8",
+    ]
+    command += ["--judge", "lexicon", "--tokens", "14", "--vectors", finished, "--quiet"]
+    done = runner.invoke(app, [*command, "--out", str(tmp_path / "study")])
+    assert done.exit_code == 0, done.output
+    assert "regimes of 1 emotions at 2 strengths" in done.stdout.replace("\n", " ")
+    assert Path(done.stdout.strip().splitlines()[-1].removeprefix("Figure: ")).is_file()
+    assert (tmp_path / "study" / "regimes.csv").is_file()
+    assert SteeringStudy.load(tmp_path / "study").dose.strengths == (0.2, 0.8)
+    again = runner.invoke(app, [*command, "--out", str(tmp_path / "study")])
+    assert again.exit_code == 2
+    assert "which holds a study" in again.stderr
+    kept = runner.invoke(app, [*command, "--run", finished, "--json"])
+    assert kept.exit_code == 0, kept.output
+    assert {row["strength"] for row in json.loads(kept.stdout)} == {0.2, 0.8}
+    assert list(load_sweep(finished).steering) == ["neutral"]
+    assert "What happens when you push" in (Path(finished) / "report.html").read_text()
+    unknown = runner.invoke(
+        app, ["regimes", model_folder, "--judge", "my aunt", "--out", str(tmp_path / "x"), "--quiet"]
+    )
+    assert unknown.exit_code == 2

@@ -8,11 +8,13 @@ import shutil
 import pytest
 
 from lens_affect.comparison import compare_cells
+from lens_affect.judges import load_judge
 from lens_affect.models import load_model
 from lens_affect.patching import patch_sites
 from lens_affect.report import write_report
 from lens_affect.scorecard import make_scorecard
-from lens_affect.sweeps import MAPS, make_spec, run_sweep
+from lens_affect.steering_study import study_steering
+from lens_affect.sweeps import MAPS, STEERING, make_spec, run_sweep
 from tests.test_comparison import cells
 from tests.test_donors import make_pairs
 from tests.test_sweeps import SMALL
@@ -98,3 +100,27 @@ def test_patching_maps_of_the_run_get_a_section(sweep, page, tmp_path):
     assert "position, counted from the end" in section
     assert section.count("All numbers of") == 2
     assert not re.findall(r"<(?:script|img|link|iframe)[^>]+(?:src|href)=", with_maps)
+
+
+def test_a_steering_study_of_the_run_gets_a_section_and_rows_of_the_scorecard(sweep, page, tmp_path):
+    assert "What happens when you push" not in page
+    model, vectors = load_model(sweep.spec.model), sweep.vectors["comprehension"]
+    target = next(iter(vectors.emotions))
+    study = study_steering(
+        model, vectors, load_judge("lexicon"), prompts=["Hello <b>there</b>", "A cat", "Why"], emotions=[target], strengths=[0.2, 0.8], layers=1, n_tokens=14,
+    )  # fmt: skip
+    shutil.copytree(sweep.folder, tmp_path / "run")
+    copied = dataclasses.replace(sweep, folder=tmp_path / "run")
+    study.save(copied.folder / STEERING / "neutral")
+    assert list(copied.steering) == ["neutral"]
+    found = write_report(copied).read_text()
+    section = html.unescape(found[found.index("What happens when you push: neutral") :])
+    assert str(study.regimes).splitlines()[1] in section
+    assert "bootstrap probability" in section
+    assert "foreign letters" in section
+    for heading, _ in study.samples():
+        assert heading in section
+    assert not re.findall(r"<(?:script|img|link|iframe)[^>]+(?:src|href)=", found)
+    card = make_scorecard(copied)
+    assert {"P9", "P10", "P12"} <= set(card.table["id"])
+    assert not {"P9", "P10", "P12"} & set(make_scorecard(sweep).table["id"])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lens_affect.regimes import classify_regimes
+from lens_affect.scorecard import Scorecard, steering_scorecard
 from lens_affect.steering_claims import steering_rows
 from lens_affect.steering_study import SteeringStudy
 from lens_affect.verdicts import COLUMNS, FAILS, HOLDS, OPEN, ModelFacts
@@ -95,3 +96,13 @@ def test_claims_about_families_and_pairs_stay_open_and_say_what_is_missing():
     assert [r["note"] for r in rows if r["id"] == "P12"] == ["pairs among the studies: x"]
     assert all(r["verdict"] == OPEN for r in rows if r["id"] == "P12")
     assert np.isnan(rows[0]["paper_statistic"])
+
+
+def test_studies_without_a_sweep_have_a_scorecard_of_their_own(tmp_path):
+    studies = {"one": made(THREE, rises=(0.5, 0.0)), "two": made(QUIET)}
+    card = steering_scorecard(studies)
+    assert list(card.table["id"]) == sorted(card.table["id"], key=lambda i: int(i[1:]))
+    assert set(card.table["id"]) == {"P8", "P9", "P10", "P12"}
+    assert Scorecard.load(card.save(tmp_path / "card")).verdicts() == card.verdicts()
+    with pytest.raises(ValueError, match="received no study"):
+        steering_scorecard({})
