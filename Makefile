@@ -24,6 +24,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 
 demo: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/lens-affect sweep smollm2-135m-instruct --quick --resume --out runs/demo
+	HF_HUB_OFFLINE=1 $(BIN)/lens-affect regimes smollm2-135m-instruct --run runs/demo --emotions happy,afraid --strengths 0.2,0.8 --tokens 32 --resume
 
 test: .venv/installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -50,6 +51,8 @@ notebooks: .venv/installed-figures
 	cd analyses && PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 ../$(BIN)/jupytext --to notebook --execute 01_layer_sweep.py
 	cd analyses && PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 ../$(BIN)/jupytext --to notebook --execute 02_shape_and_methods.py
 	cd analyses && PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 ../$(BIN)/jupytext --to notebook --execute 03_gate.py
+	cd analyses && PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 ../$(BIN)/jupytext --to notebook --execute 04_foreign_tokens.py
+	cd analyses && PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 ../$(BIN)/jupytext --to notebook --execute 04_steering.py
 
 benchmarks: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python analyses/benchmarks/extraction.py

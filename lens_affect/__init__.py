@@ -93,6 +93,7 @@ if TYPE_CHECKING:
     from lens_affect.regimes import RegimeMap as RegimeMap
     from lens_affect.regimes import Thresholds as Thresholds
     from lens_affect.regimes import classify_regimes as classify_regimes
+    from lens_affect.regimes import run_jeong_regime as run_jeong_regime
     from lens_affect.repetition import repetition_share as repetition_share
     from lens_affect.report import write_report as write_report
     from lens_affect.reported import check_effect_size as check_effect_size
@@ -260,6 +261,7 @@ _HOME = {
     "resolve_site": "sites",
     "run_study": "study",
     "run_sweep": "sweeps",
+    "run_jeong_regime": "regimes",
     "save_figure": "style",
     "score_texts": "scoring",
     "script_entanglement": "crosslingual",

@@ -454,6 +454,7 @@ def regimes(
     ] = "",
     out: Annotated[str, typer.Option(help="Folder of the study; runs/regimes-MODEL by default.")] = "",
     seed: Annotated[int, typer.Option(help="Of sampling and of random directions.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Print the study if the folder holds one.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
@@ -464,15 +465,18 @@ def regimes(
         from lens_affect.plotting_steering import plot_dose, plot_regimes
         from lens_affect.report import write_report
         from lens_affect.scenarios import load_scenarios
-        from lens_affect.steering_study import study_steering
+        from lens_affect.steering_study import SteeringStudy, study_steering
         from lens_affect.style import save_figure
         from lens_affect.sweeps import STEERING, load_sweep
 
         folder = Path(run) / STEERING / "neutral" if run else Path(out or f"runs/regimes-{Path(model).stem}")
         if (folder / "regimes").exists():
-            raise FileExistsError(
-                f"received {folder}, which holds a study; choose another folder with --out, or remove it"
-            )
+            if not resume:
+                raise FileExistsError(
+                    f"received {folder}, which holds a study; choose another folder with --out, remove it, or print it with --resume"
+                )
+            print(SteeringStudy.load(folder))
+            return
         found, _, best = _saved_vectors(vectors or run) if vectors or run else (None, "", None)
         asked = load_scenarios(prompts) if prompts else None
         chosen = _numbers(layers, int, "--layers") or ([best] if best is not None else None)

@@ -61,6 +61,26 @@ def test_the_gate_runs_in_quick_mode(one_loading, monkeypatch, capsys, tmp_path)
     assert "afraid" in names["view"].html
 
 
+@pytest.mark.weights
+def test_steering_runs_in_quick_mode(one_loading, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path))
+    names = runpy.run_path(str(ROOT / "analyses" / "04_steering.py"))
+    printed = capsys.readouterr().out
+    assert "regimes of 1 emotions at 2 strengths" in printed
+    assert "rises: " in printed
+    assert "rank correlation within doses" in printed
+    assert {"P8", "P9", "P10", "P12"} == set(names["card"].table["id"])
+    assert names["studies"]["smollm2-135m-instruct"].verification.n_random == 2
+
+
+@pytest.mark.weights
+def test_foreign_tokens_run_in_quick_mode(one_loading, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path))
+    names = runpy.run_path(str(ROOT / "analyses" / "04_foreign_tokens.py"))
+    assert "random directions" in capsys.readouterr().out
+    assert list(names["tables"]) == ["smollm2-135m-instruct"]
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
 def test_analyses_use_only_public_names(script):
     source = script.read_text()

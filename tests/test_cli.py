@@ -291,6 +291,8 @@ def test_regimes_prints_the_study_and_saves_its_parts(model_folder, finished, tm
     again = runner.invoke(app, [*command, "--out", str(tmp_path / "study")])
     assert again.exit_code == 2
     assert "which holds a study" in again.stderr
+    printed = runner.invoke(app, [*command, "--out", str(tmp_path / "study"), "--resume"])
+    assert printed.stdout.splitlines()[0] == done.stdout.splitlines()[0]
     kept = runner.invoke(app, [*command, "--run", finished, "--json"])
     assert kept.exit_code == 0, kept.output
     assert {row["strength"] for row in json.loads(kept.stdout)} == {0.2, 0.8}
