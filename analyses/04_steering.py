@@ -143,7 +143,7 @@ for name, study in studies.items():
 # ## How far can a model be pushed, and where is the boundary?
 #
 # On the scale of the achieved change of the residual stream, which means the same in every model: the change at which half of the texts are damaged; and,
-# by bisection with new texts at every strength tried, where the labels of `angry` change.
+# by bisection with new texts at every strength tried, where the labels of the last emotion change.
 
 # %%
 onsets = la.compare_onsets(doses)
@@ -153,9 +153,9 @@ for name in list(LAYERS)[:2]:
     search = {"strengths": (0.2, 0.8) if QUICK else (0.1, 0.2, 0.4, 0.8, 1.6), "precision": 1.0 if QUICK else 0.25}
     found = kept(
         la.RegimeBoundaries,
-        f"{name}/boundaries-angry",
+        f"{name}/boundaries",
         lambda name=name, search=search: la.locate_boundaries(
-            loaded(name), vectors[name], neutral, "angry", layers=LAYERS[name], n_tokens=TOKENS, **search
+            loaded(name), vectors[name], neutral, EMOTIONS[-1], layers=LAYERS[name], n_tokens=TOKENS, **search
         ),
     )
     print(found)

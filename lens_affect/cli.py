@@ -481,7 +481,7 @@ def regimes(
         asked = load_scenarios(prompts) if prompts else None
         chosen = _numbers(layers, int, "--layers") or ([best] if best is not None else None)
         doses = _numbers(strengths, float, "--strengths") or "auto"
-        reader = load_judge(judge)
+        reader: Any = load_judge(judge)
         with _progress(quiet or json) as report:
             with report("load the model"):
                 lens = load_model(model, dtype="float32")

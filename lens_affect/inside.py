@@ -25,6 +25,7 @@ from lens_affect.adapter import LensModel, add_hooks, device_of, encode_prompt, 
 from lens_affect.doses import UNSTEERED, DoseResponse
 from lens_affect.judgements import Judgement
 from lens_affect.nulls import max_null, p_text
+from lens_affect.prefixes import read_prefix
 from lens_affect.results import Provenance, Stopwatch, load_result, save_result
 from lens_affect.sites import resolve_site
 from lens_affect.statistics import derive_generator, resample_clusters
@@ -176,26 +177,30 @@ def read_projections(
     prompts = dose.column("prompt").astype(int)
     bodies = [[t for t in row if t >= 0] for row in dose.tokens.tolist()]
     found = torch.full((len(bodies), len(units)), math.nan)
-    ids = [(*heads[p], *body) for p, body in zip(prompts.tolist(), bodies, strict=True)]
-    order = sorted((i for i, body in enumerate(bodies) if body), key=lambda i: -len(ids[i]))
-    device, kept = device_of(model), []
-    total = len(order)
-    with add_hooks(
-        model, [(resolve_site(model, "resid_post").at(layer), lambda value, hook=None: kept.append(value.float()))]
-    ):
-        while order:
-            at_once = max(1, BATCH_TOKENS // len(ids[order[0]]))
-            rows, order = order[:at_once], order[at_once:]
-            tokens = torch.full((len(rows), len(ids[rows[0]])), pad_token_id(model), dtype=torch.long)
-            for k, i in enumerate(rows):
-                tokens[k, : len(ids[i])] = torch.tensor(ids[i])
-            lengths = torch.tensor([len(ids[i]) for i in rows])[:, None]
-            place = torch.arange(tokens.shape[1])
-            run_trunk(model, tokens.to(device), (place < lengths).long().to(device))
-            own = (place < lengths) & (place >= torch.tensor([len(heads[prompts[i]]) for i in rows])[:, None])
-            found[rows] = _project(kept.pop().cpu(), own, units, vectors.reference[vectors.layers.index(layer)])
-            if progress:
-                progress(total - len(order), total)
+    order = sorted((i for i, body in enumerate(bodies) if body), key=lambda i: (int(prompts[i]), -len(bodies[i])))
+    longest = max(map(len, heads)) + max(map(len, bodies))
+    device, kept, total = device_of(model), [], len(order)
+    hook = (resolve_site(model, "resid_post").at(layer), lambda value, hook=None: kept.append(value.float()))
+    while order:
+        rows, order = order[: max(1, BATCH_TOKENS // longest)], order[max(1, BATCH_TOKENS // longest) :]
+        chosen = [heads[prompts[i]] for i in rows]
+        prefix = read_prefix(model, chosen)
+        # Behind a prefix that was read already, a row starts with the last token of its prompt.
+        ids = [(*head[0 if prefix is None else -1 :], *bodies[i]) for i, head in zip(rows, chosen, strict=True)]
+        tokens = torch.full((len(rows), max(map(len, ids))), pad_token_id(model), dtype=torch.long)
+        for k, row in enumerate(ids):
+            tokens[k, : len(row)] = torch.tensor(row)
+        place, ends = torch.arange(tokens.shape[1]), torch.tensor([len(row) for row in ids])[:, None]
+        tokens, mask = tokens.to(device), (place < ends).long().to(device)
+        with add_hooks(model, [hook]):
+            if prefix is None:
+                run_trunk(model, tokens, mask)
+            else:
+                run_trunk(model, tokens, torch.cat([prefix.mask, mask], dim=1), past=prefix.expanded())
+        own = (place < ends) & (place >= ends - torch.tensor([len(bodies[i]) for i in rows])[:, None])
+        found[rows] = _project(kept.pop().cpu(), own, units, vectors.reference[vectors.layers.index(layer)])
+        if progress:
+            progress(total - len(order), total)
     return found
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lens_affect.boundaries import Onsets
-from lens_affect.doses import DoseResponse
+from lens_affect.doses import UNSTEERED, DoseResponse
 from lens_affect.inside import InsideOutside
 from lens_affect.regimes import REGIMES, RegimeMap, Thresholds
 from lens_affect.steering_study import SteeringStudy
@@ -210,7 +210,7 @@ def plot_scripts(study: SteeringStudy, *, title: str | None = None) -> go.Figure
         title: a finding; by default the largest share.
     """
     table, figure = study.script_table(), go.Figure()
-    plain = float(table[table["kind"].isin(["unsteered", "unsteered_again"])]["texts_with_foreign"].mean())
+    plain = float(np.mean(np.asarray(table[table["kind"].isin(list(UNSTEERED))]["texts_with_foreign"], dtype=float)))
     for kind, colour, dash in (("steered", "#0072B2", "solid"), ("random", "#000000", "dot")):
         own = pd.DataFrame(table[table["kind"] == kind]).sort_values(by="strength")
         if own.empty:

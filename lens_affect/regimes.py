@@ -31,7 +31,7 @@ from lens_affect.vectors import EmotionVectors
 
 DAMAGE = {
     "invalid": "no text, or logits that are not finite",
-    "repetitive_collapse": "repeats more than 99 % of ordinary prose of that length does, whatever the perplexity",
+    "repetitive_collapse": "repeats more than REPETITIVE and than 99 % of ordinary prose of that length does, whatever the perplexity",
     "explosive": "perplexity above r_high times that of the unsteered text, without repetition",
     "degraded": "perplexity ratio between r_ok and r_high, or below 1 / r_ok, without repetition",
     "sound": "perplexity ratio within 1 / r_ok and r_ok, without repetition",
@@ -50,16 +50,20 @@ CHANCE = 0.975
 """Quantile of the ratios between two unsteered texts of one prompt that the band covers."""
 
 
+REPETITIVE = 0.1
+"""Repeated share of 3-grams that no text is called repetitive below: tuned on one half of the labelled texts (data/regime_texts.md)."""
+
+
 @dataclass(frozen=True)
 class Thresholds:
-    """What the rule compares with; fixed by unsteered text alone, before a steered one is looked at."""
+    """What the rule compares with; fixed by unsteered and labelled text, before a steered one is looked at."""
 
     r_ok: float
     """Upper end of the band of unchanged perplexity; its lower end is 1 / r_ok."""
     r_high: float
     """Perplexity ratio above which a text is called explosive: r_ok squared."""
     repetition: float
-    """Repeated share that 99 % of ordinary texts of full length stay below."""
+    """Repeated share above which a text is called repetitive: what 99 % of ordinary texts of full length stay below, and at least REPETITIVE."""
 
     @classmethod
     def of(cls, dose: DoseResponse) -> "Thresholds":
@@ -68,7 +72,7 @@ class Thresholds:
         ratios = np.exp(np.concatenate([again - first, first - again]))
         ratios = ratios[np.isfinite(ratios)]
         r_ok = max(R_OK, float(np.quantile(ratios, CHANCE))) if len(ratios) else R_OK
-        return cls(r_ok, r_ok**2, float(dose.limits[-1]))
+        return cls(r_ok, r_ok**2, max(float(dose.limits[-1]), REPETITIVE))
 
 
 def damage_of(perplexity_ratio: float, repetition: float, thresholds: Thresholds, *, limit: float | None = None) -> str:
@@ -240,7 +244,7 @@ def classify_regimes(
         thresholds=limits,
         null="against random directions" if "random" in dose.kinds else "against the unsteered texts",
         judge="" if judgement is None else judgement.title,
-        base_rate=dose.base_rate,
+        base_rate=float((damage[np.isin(dose.column("kind"), UNSTEERED)] == "repetitive_collapse").mean()),
         layers=dose.layers,
         name=dose.name,
         provenance=dose.provenance,
@@ -260,9 +264,8 @@ def damage_labels(dose: DoseResponse, thresholds: Thresholds) -> np.ndarray:
     )
     ratios = np.exp(dose.column("nll").astype(float) - base)
     ratios = np.where(dose.column("finite").astype(bool), ratios, np.nan)
-    # The reference limit of a length is the one measured on ordinary prose; the thresholds' own one replaces it where a user gives one.
-    scale = thresholds.repetition / float(dose.limits[-1]) if float(dose.limits[-1]) > 0 else 1.0
-    limits = dose.limits.numpy()[dose.column("n_tokens").astype(int)] * scale
+    # Short texts repeat by chance: their limit in ordinary prose may be higher.
+    limits = np.maximum(dose.limits.numpy()[dose.column("n_tokens").astype(int)], thresholds.repetition)
     repetition = dose.column("repetition").astype(float)
     return np.array(
         [
@@ -362,6 +365,12 @@ def run_jeong_regime(
     max_new_tokens: int = 20,
 ) -> tuple[str, pd.DataFrame]:
     """The paper's regime measurement: threat steered to calm and weather to hostile, five strengths at all layers, 20 greedy tokens.
+
+    Args:
+        model: what is steered.
+        vectors: directions of this model; the paper's protocol takes the one of layer n_layers // 2 at all layers.
+        strengths: shares of each pass's own mean norm.
+        max_new_tokens: greedy tokens per sample.
 
     Returns:
         The label, and the samples: columns scenario, emotion, strength, text.

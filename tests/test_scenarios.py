@@ -4,7 +4,6 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
-from importlib.resources import files
 
 import numpy as np
 import pandas as pd
@@ -230,21 +229,3 @@ def test_the_papers_scenarios_are_a_threat_to_calm_and_the_weather_to_hostile():
     assert "destroy" in threat
     assert "partly cloudy" in weather
     assert all(text.count(".") == 1 for text in paper.openings)
-
-
-def test_the_written_damage_texts_have_the_counts_of_their_card():
-    text = files("lens_affect.data").joinpath("regime_texts_written.jsonl").read_text(encoding="utf-8")
-    frame = pd.DataFrame([json.loads(line) for line in text.splitlines()])
-    assert list(frame) == ["text", "label", "kind", "language"]
-    assert frame["label"].value_counts().to_dict() == {
-        "clean": 30,
-        "repetitive": 30,
-        "noise": 25,
-        "degraded": 20,
-        "empty": 5,
-    }
-    assert set(frame["language"]) == {"en", "zh", "de", "es", "mixed", "none"}
-    chinese = frame[frame["language"] == "zh"]["label"].value_counts()
-    assert (chinese["repetitive"], chinese["clean"]) == (8, 3)
-    assert frame["text"].is_unique
-    assert list(frame["text"].str.strip() == "") == list(frame["label"] == "empty")
