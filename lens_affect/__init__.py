@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from lens_affect.axes import AxisAgreement as AxisAgreement
     from lens_affect.axes import valence_arousal as valence_arousal
     from lens_affect.catalogue import CATALOGUE as CATALOGUE
+    from lens_affect.checkpoint_pairs import CheckpointPair as CheckpointPair
+    from lens_affect.checkpoint_pairs import open_pair as open_pair
+    from lens_affect.checkpoints import Checkpoint as Checkpoint
+    from lens_affect.checkpoints import open_checkpoint as open_checkpoint
     from lens_affect.comparison import MethodComparison as MethodComparison
     from lens_affect.comparison import compare_methods as compare_methods
     from lens_affect.contrasts import ContrastPairs as ContrastPairs
@@ -102,6 +106,7 @@ if TYPE_CHECKING:
     from lens_affect.sites import SITES as SITES
     from lens_affect.sites import Site as Site
     from lens_affect.sites import resolve_site as resolve_site
+    from lens_affect.sizes import count_parameters as count_parameters
     from lens_affect.steering import Push as Push
     from lens_affect.steering import make_push as make_push
     from lens_affect.steering import residual_norms as residual_norms
@@ -132,6 +137,8 @@ _HOME = {
     "AxisAgreement": "axes",
     "CATALOGUE": "catalogue",
     "CheckReport": "selfchecks",
+    "Checkpoint": "checkpoints",
+    "CheckpointPair": "checkpoint_pairs",
     "ContrastPairs": "contrasts",
     "CurveShape": "shapes",
     "DirectAttribution": "attribution",
@@ -180,6 +187,7 @@ _HOME = {
     "compare_geometry": "geometry",
     "compare_methods": "comparison",
     "compare_scripts": "crosslingual",
+    "count_parameters": "sizes",
     "curve_shape": "shapes",
     "effect_sizes": "effects",
     "emotion_rdm": "geometry",
@@ -212,16 +220,18 @@ _HOME = {
     "make_spec": "sweeps",
     "mann_whitney": "effects",
     "measure_anisotropy": "anisotropy",
+    "open_checkpoint": "checkpoints",
+    "open_pair": "checkpoint_pairs",
     "paired_tests": "effects",
     "patch_sites": "patching",
     "plot_anisotropy": "plotting",
     "plot_curves": "plotting",
-    "plot_emotions": "plotting",
-    "plot_regimes": "plotting_steering",
     "plot_dose": "plotting_steering",
+    "plot_emotions": "plotting",
     "plot_methods": "plotting",
     "plot_patching": "plotting_patching",
     "plot_positions": "plotting_patching",
+    "plot_regimes": "plotting_steering",
     "plot_reliability": "plotting",
     "plot_siblings": "plotting_patching",
     "plot_similarity": "plotting",
