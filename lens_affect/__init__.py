@@ -31,6 +31,11 @@ if TYPE_CHECKING:
     from lens_affect.crosslingual import ScriptTable as ScriptTable
     from lens_affect.crosslingual import compare_scripts as compare_scripts
     from lens_affect.crosslingual import script_entanglement as script_entanglement
+    from lens_affect.delta_agreement import DeltaAgreement as DeltaAgreement
+    from lens_affect.delta_plans import DeltaPlan as DeltaPlan
+    from lens_affect.delta_plans import plan_delta as plan_delta
+    from lens_affect.deltas import ModuleDelta as ModuleDelta
+    from lens_affect.deltas import compare_modules as compare_modules
     from lens_affect.doses import DoseResponse as DoseResponse
     from lens_affect.doses import sweep_strengths as sweep_strengths
     from lens_affect.effects import effect_sizes as effect_sizes
@@ -141,6 +146,8 @@ _HOME = {
     "CheckpointPair": "checkpoint_pairs",
     "ContrastPairs": "contrasts",
     "CurveShape": "shapes",
+    "DeltaAgreement": "delta_agreement",
+    "DeltaPlan": "delta_plans",
     "DirectAttribution": "attribution",
     "DoseResponse": "doses",
     "EMOTIONS": "stimuli",
@@ -156,6 +163,7 @@ _HOME = {
     "LocalizationCurve": "localization",
     "MeaningTable": "meaning",
     "MethodComparison": "comparison",
+    "ModuleDelta": "deltas",
     "NeuronTable": "neurons",
     "PatchingMap": "patching",
     "Provenance": "results",
@@ -186,6 +194,7 @@ _HOME = {
     "classify_regimes": "regimes",
     "compare_geometry": "geometry",
     "compare_methods": "comparison",
+    "compare_modules": "deltas",
     "compare_scripts": "crosslingual",
     "count_parameters": "sizes",
     "curve_shape": "shapes",
@@ -224,6 +233,7 @@ _HOME = {
     "open_pair": "checkpoint_pairs",
     "paired_tests": "effects",
     "patch_sites": "patching",
+    "plan_delta": "delta_plans",
     "plot_anisotropy": "plotting",
     "plot_curves": "plotting",
     "plot_dose": "plotting_steering",
