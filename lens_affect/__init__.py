@@ -130,6 +130,9 @@ if TYPE_CHECKING:
     from lens_affect.sweeps import load_sweep as load_sweep
     from lens_affect.sweeps import make_spec as make_spec
     from lens_affect.sweeps import run_sweep as run_sweep
+    from lens_affect.transfers import Transfer as Transfer
+    from lens_affect.transfers import revert_modules as revert_modules
+    from lens_affect.transfers import transfer_modules as transfer_modules
     from lens_affect.vectors import EmotionVectors as EmotionVectors
     from lens_affect.vectors import fit_vectors as fit_vectors
     from lens_affect.views import TokenView as TokenView
@@ -183,6 +186,7 @@ _HOME = {
     "SweepSpec": "sweeps",
     "Thresholds": "regimes",
     "TokenView": "views",
+    "Transfer": "transfers",
     "TransferTable": "languages",
     "agreement": "gradients",
     "approximate_patches": "gradients",
@@ -251,6 +255,7 @@ _HOME = {
     "repetition_share": "repetition",
     "residual_norms": "steering",
     "resolve_site": "sites",
+    "revert_modules": "transfers",
     "run_study": "study",
     "run_sweep": "sweeps",
     "save_figure": "style",
@@ -261,6 +266,7 @@ _HOME = {
     "sweep_strengths": "doses",
     "text_languages": "scripts",
     "top_neurons": "neurons",
+    "transfer_modules": "transfers",
     "valence_arousal": "axes",
     "view_tokens": "views",
     "write_report": "report",

@@ -456,6 +456,15 @@ def stored_tensors(hf_model: torch.nn.Module) -> dict[str, Tensor]:
 _PIECE = r"(attn\.(q|k|v)|mlp\.(gate|in))\.(weight|bias)$"
 
 
+def piece_place(name: str) -> str | None:
+    """Key of a parameter that a bridge splits off a fused one, such as `layers.3.q.bias`; None for any other."""
+    block, piece = _BLOCK.search(name), re.search(_PIECE, name)
+    if block is None or piece is None:
+        return None
+    module = piece[2] or {"gate": "gate", "in": "up"}[piece[3]]
+    return f"layers.{block[1]}.{module}" + (".bias" if piece[4] == "bias" else "")
+
+
 def _stored_name(names: list[str]) -> str:
     known = (n for n in names if _leaf(n) in _LINEAR or _leaf(n) in _FUSED)
     return min(known, key=lambda n: ".self_attn." not in n, default=names[0])
