@@ -7,6 +7,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lens_affect.ablations import Ablation as Ablation
+    from lens_affect.ablations import ablate_modules as ablate_modules
+    from lens_affect.ablations import mean_outputs as mean_outputs
     from lens_affect.activations import Activations as Activations
     from lens_affect.activations import extract_activations as extract_activations
     from lens_affect.activations import extract_poolings as extract_poolings
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
     from lens_affect.crosslingual import ScriptTable as ScriptTable
     from lens_affect.crosslingual import compare_scripts as compare_scripts
     from lens_affect.crosslingual import script_entanglement as script_entanglement
+    from lens_affect.damage import EqualDamage as EqualDamage
+    from lens_affect.damage import equal_damage as equal_damage
+    from lens_affect.damage import neutral_loss as neutral_loss
     from lens_affect.delta_agreement import DeltaAgreement as DeltaAgreement
     from lens_affect.delta_plans import DeltaPlan as DeltaPlan
     from lens_affect.delta_plans import plan_delta as plan_delta
@@ -104,6 +110,8 @@ if TYPE_CHECKING:
     from lens_affect.scoring import score_texts as score_texts
     from lens_affect.scripts import script_shares as script_shares
     from lens_affect.scripts import text_languages as text_languages
+    from lens_affect.selectivity import AblationTable as AblationTable
+    from lens_affect.selectivity import scan_ablations as scan_ablations
     from lens_affect.selfchecks import CheckReport as CheckReport
     from lens_affect.selfchecks import check_model as check_model
     from lens_affect.shapes import CurveShape as CurveShape
@@ -140,6 +148,8 @@ if TYPE_CHECKING:
     from lens_affect.views import view_tokens as view_tokens
 
 _HOME = {
+    "Ablation": "ablations",
+    "AblationTable": "selectivity",
     "Activations": "activations",
     "Anisotropy": "anisotropy",
     "AxisAgreement": "axes",
@@ -155,6 +165,7 @@ _HOME = {
     "DoseResponse": "doses",
     "EMOTIONS": "stimuli",
     "EmotionVectors": "vectors",
+    "EqualDamage": "damage",
     "GateVerdict": "gate",
     "Generated": "generation",
     "GeometryAgreement": "geometry",
@@ -188,6 +199,7 @@ _HOME = {
     "TokenView": "views",
     "Transfer": "transfers",
     "TransferTable": "languages",
+    "ablate_modules": "ablations",
     "agreement": "gradients",
     "approximate_patches": "gradients",
     "attribute_direction": "attribution",
@@ -204,6 +216,7 @@ _HOME = {
     "curve_shape": "shapes",
     "effect_sizes": "effects",
     "emotion_rdm": "geometry",
+    "equal_damage": "damage",
     "equivalence": "effects",
     "extract_activations": "activations",
     "extract_poolings": "activations",
@@ -232,7 +245,9 @@ _HOME = {
     "make_scorecard": "scorecard",
     "make_spec": "sweeps",
     "mann_whitney": "effects",
+    "mean_outputs": "ablations",
     "measure_anisotropy": "anisotropy",
+    "neutral_loss": "damage",
     "open_checkpoint": "checkpoints",
     "open_pair": "checkpoint_pairs",
     "paired_tests": "effects",
@@ -259,6 +274,7 @@ _HOME = {
     "run_study": "study",
     "run_sweep": "sweeps",
     "save_figure": "style",
+    "scan_ablations": "selectivity",
     "score_texts": "scoring",
     "script_entanglement": "crosslingual",
     "script_shares": "scripts",

@@ -6,7 +6,7 @@ and up (Phi-3), a bridge computes with pieces that share the fused tensor's memo
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +84,41 @@ class LiveWeights:
             part = self.checkpoint.parts.get(key or "")
             if part is not None and not part.whole and part.shape == tuple(tensor.shape):
                 self._places[part.key].append(tensor.detach())
+        self._outputs = self._find_outputs(inner, tensors)
+
+    def _find_outputs(self, inner: Any, tensors: dict[str, Tensor]) -> dict[str, list[tuple[torch.nn.Module, slice]]]:
+        """Which torch module gives a linear map's output, and where in it; several where a bridge has pieces."""
+        names = {id(tensor): name for name, tensor in tensors.items()}
+        held: dict[str, list[Part]] = {}
+        for part in self.checkpoint.parts.values():
+            if part.is_linear:
+                held.setdefault(part.tensor, []).append(part)
+        found: dict[str, list[tuple[torch.nn.Module, slice]]] = {}
+        for path, module in inner.named_modules():
+            weight = module._parameters.get("weight")
+            if weight is None:
+                continue
+            if id(weight) in names:
+                for part in held.get(names[id(weight)], []):
+                    found.setdefault(part.key, []).append((module, slice(part.start, part.start + part.shape[0])))
+                continue
+            part = self.checkpoint.parts.get(piece_place(f"{plain_name(path)}.weight") or "")
+            if part is not None and not part.whole and part.shape == tuple(weight.shape):
+                found.setdefault(part.key, []).append((module, slice(0, part.shape[0])))
+        return found
+
+    @contextlib.contextmanager
+    def hooked(self, edits: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+        """Call a function on the outputs of linear modules inside a block, by key; what it returns takes their place."""
+        handles = []
+        try:
+            for key, edit in edits.items():
+                for module, where in self._outputs[key]:
+                    handles.append(module.register_forward_hook(_on_output(edit, where)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def read(self, key: str) -> Tensor:
         """A copy of what is there now."""
@@ -94,6 +129,18 @@ class LiveWeights:
         with torch.no_grad():
             for place in self._places[key]:
                 place.copy_(value)
+
+
+def _on_output(edit: Callable[[Tensor], Tensor | None], where: slice) -> Callable[..., Tensor | None]:
+    def hook(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        changed = edit(output[..., where])
+        if changed is None:
+            return None
+        found = output.clone()
+        found[..., where] = changed
+        return found
+
+    return hook
 
 
 @contextlib.contextmanager
