@@ -86,6 +86,8 @@ if TYPE_CHECKING:
     from lens_affect.plotting import plot_reliability as plot_reliability
     from lens_affect.plotting import plot_similarity as plot_similarity
     from lens_affect.plotting import plot_valence_arousal as plot_valence_arousal
+    from lens_affect.plotting_modules import plot_delta as plot_delta
+    from lens_affect.plotting_modules import plot_selectivity as plot_selectivity
     from lens_affect.plotting_patching import plot_patching as plot_patching
     from lens_affect.plotting_patching import plot_positions as plot_positions
     from lens_affect.plotting_patching import plot_siblings as plot_siblings
@@ -255,6 +257,7 @@ _HOME = {
     "plan_delta": "delta_plans",
     "plot_anisotropy": "plotting",
     "plot_curves": "plotting",
+    "plot_delta": "plotting_modules",
     "plot_dose": "plotting_steering",
     "plot_emotions": "plotting",
     "plot_methods": "plotting",
@@ -262,6 +265,7 @@ _HOME = {
     "plot_positions": "plotting_patching",
     "plot_regimes": "plotting_steering",
     "plot_reliability": "plotting",
+    "plot_selectivity": "plotting_modules",
     "plot_siblings": "plotting_patching",
     "plot_similarity": "plotting",
     "plot_valence_arousal": "plotting",
