@@ -73,6 +73,8 @@ def plot_delta(found: ModuleDelta, *, measure: str = "concentration", title: str
     )
     set_layout(figure, title or _delta_title(found), "layer (0-based block)", "module")
     figure.update_yaxes(autorange="reversed", showgrid=False)
+    lines = 1 + str(figure.to_dict()["layout"]["title"]["text"]).count("<br>")
+    figure.update_layout(margin={"t": 40 + 22 * lines}, title={"y": 0.97, "yanchor": "top"})
     return figure
 
 
@@ -112,7 +114,6 @@ def plot_selectivity(found: AblationTable, *, title: str | None = None) -> go.Fi
             hovertemplate=f"{arm}: %{{y:.2f}} (affect %{{customdata[0]:.2f}}, control %{{customdata[1]:.2f}}, scale %{{customdata[2]:.3g}})<extra></extra>",
         )
     figure.add_hline(y=0, line={"color": "#666666", "width": 1})
-    x_title = "blocks" if len(bands) > 1 else ""
-    set_layout(figure, title or str(found).replace("\n", "<br>"), x_title, "affect lost - control lost (SD)")
-    figure.update_xaxes(tickvals=list(range(len(bands))), ticktext=[f"blocks {band}" for band in bands])
+    set_layout(figure, title or str(found).replace("\n", "<br>"), "blocks", "affect lost - control lost (SD)")
+    figure.update_xaxes(tickvals=list(range(len(bands))), ticktext=bands, range=[-0.5, len(bands) - 0.5])
     return figure
