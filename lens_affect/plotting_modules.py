@@ -74,7 +74,7 @@ def plot_delta(found: ModuleDelta, *, measure: str = "concentration", title: str
     set_layout(figure, title or _delta_title(found), "layer (0-based block)", "module")
     figure.update_yaxes(autorange="reversed", showgrid=False)
     lines = 1 + str(figure.to_dict()["layout"]["title"]["text"]).count("<br>")
-    figure.update_layout(margin={"t": 40 + 22 * lines}, title={"y": 0.97, "yanchor": "top"})
+    figure.update_layout(margin={"t": 40 + 22 * lines}, title={"y": 0.95, "yanchor": "top"})
     return figure
 
 

@@ -1,5 +1,6 @@
 """Deltas: nothing changed gives 0, a planted change is found by every measure, and a sharded pair is streamed within the stated memory."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from lens_affect.catalogue import CATALOGUE, FetchError, fetch
 from lens_affect.checkpoints import open_checkpoint
 from lens_affect.deltas import ModuleDelta, compare_modules
 from lens_affect.models import load_model
@@ -163,3 +166,35 @@ def test_a_sharded_pair_is_streamed_within_the_stated_memory(tmp_path):
     for line in done.stdout.splitlines():
         grown, bound, weights = (float(x) for x in line.split())
         assert grown < bound < 0.5 * weights, (grown, bound, weights)
+
+
+@pytest.mark.weights
+def test_a_change_planted_in_a_real_model_is_found_and_read_without_merging(tmp_path):
+    try:
+        fetch(CATALOGUE["smollm2-135m-instruct"])
+    except FetchError as error:
+        pytest.skip(f"no weights: {error}")
+    base = open_checkpoint("smollm2-135m-instruct")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for part in base.parts.values():
+        if part.module in ("gate", "v"):
+            size = 0.02 if part.module == "gate" else 0.002
+            path = f"base_model.model.model.{part.owner}"
+            outputs, inputs = part.shape
+            tensors[f"{path}.lora_A.weight"] = size * torch.randn(4, inputs, generator=generator)
+            tensors[f"{path}.lora_B.weight"] = torch.randn(outputs, 4, generator=generator)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    settings = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    found = compare_modules("smollm2-135m-instruct", tmp_path, spectrum=False)
+    table = found.by_module().set_index("module")
+    assert table["concentration"].idxmax() == table["relative_frobenius"].idxmax() == "gate"
+    assert table.loc["gate", "share_of_change"] > 0.99
+    assert table.loc["gate", "parameters"] == 30 * 884_736
+    assert (found.provenance.source_precision, found.n_layers, found.notes) == ("Q4_1", 30, ())
