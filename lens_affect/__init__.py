@@ -7,6 +7,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lens_affect.ablations import Ablation as Ablation
+    from lens_affect.ablations import ablate_modules as ablate_modules
+    from lens_affect.ablations import mean_outputs as mean_outputs
     from lens_affect.activations import Activations as Activations
     from lens_affect.activations import extract_activations as extract_activations
     from lens_affect.activations import extract_poolings as extract_poolings
@@ -24,6 +27,10 @@ if TYPE_CHECKING:
     from lens_affect.boundaries import find_boundaries as find_boundaries
     from lens_affect.boundaries import locate_boundaries as locate_boundaries
     from lens_affect.catalogue import CATALOGUE as CATALOGUE
+    from lens_affect.checkpoint_pairs import CheckpointPair as CheckpointPair
+    from lens_affect.checkpoint_pairs import open_pair as open_pair
+    from lens_affect.checkpoints import Checkpoint as Checkpoint
+    from lens_affect.checkpoints import open_checkpoint as open_checkpoint
     from lens_affect.comparison import MethodComparison as MethodComparison
     from lens_affect.comparison import compare_methods as compare_methods
     from lens_affect.contrasts import ContrastPairs as ContrastPairs
@@ -32,6 +39,14 @@ if TYPE_CHECKING:
     from lens_affect.crosslingual import ScriptTable as ScriptTable
     from lens_affect.crosslingual import compare_scripts as compare_scripts
     from lens_affect.crosslingual import script_entanglement as script_entanglement
+    from lens_affect.damage import EqualDamage as EqualDamage
+    from lens_affect.damage import equal_damage as equal_damage
+    from lens_affect.damage import neutral_loss as neutral_loss
+    from lens_affect.delta_agreement import DeltaAgreement as DeltaAgreement
+    from lens_affect.delta_plans import DeltaPlan as DeltaPlan
+    from lens_affect.delta_plans import plan_delta as plan_delta
+    from lens_affect.deltas import ModuleDelta as ModuleDelta
+    from lens_affect.deltas import compare_modules as compare_modules
     from lens_affect.doses import DoseResponse as DoseResponse
     from lens_affect.doses import sweep_strengths as sweep_strengths
     from lens_affect.effects import effect_sizes as effect_sizes
@@ -78,6 +93,8 @@ if TYPE_CHECKING:
     from lens_affect.plotting import plot_reliability as plot_reliability
     from lens_affect.plotting import plot_similarity as plot_similarity
     from lens_affect.plotting import plot_valence_arousal as plot_valence_arousal
+    from lens_affect.plotting_modules import plot_delta as plot_delta
+    from lens_affect.plotting_modules import plot_selectivity as plot_selectivity
     from lens_affect.plotting_patching import plot_patching as plot_patching
     from lens_affect.plotting_patching import plot_positions as plot_positions
     from lens_affect.plotting_patching import plot_siblings as plot_siblings
@@ -107,6 +124,8 @@ if TYPE_CHECKING:
     from lens_affect.scoring import score_texts as score_texts
     from lens_affect.scripts import script_shares as script_shares
     from lens_affect.scripts import text_languages as text_languages
+    from lens_affect.selectivity import AblationTable as AblationTable
+    from lens_affect.selectivity import scan_ablations as scan_ablations
     from lens_affect.selfchecks import CheckReport as CheckReport
     from lens_affect.selfchecks import check_model as check_model
     from lens_affect.shapes import CurveShape as CurveShape
@@ -114,6 +133,7 @@ if TYPE_CHECKING:
     from lens_affect.sites import SITES as SITES
     from lens_affect.sites import Site as Site
     from lens_affect.sites import resolve_site as resolve_site
+    from lens_affect.sizes import count_parameters as count_parameters
     from lens_affect.steering import Push as Push
     from lens_affect.steering import make_push as make_push
     from lens_affect.steering import residual_norms as residual_norms
@@ -134,6 +154,9 @@ if TYPE_CHECKING:
     from lens_affect.sweeps import load_sweep as load_sweep
     from lens_affect.sweeps import make_spec as make_spec
     from lens_affect.sweeps import run_sweep as run_sweep
+    from lens_affect.transfers import Transfer as Transfer
+    from lens_affect.transfers import revert_modules as revert_modules
+    from lens_affect.transfers import transfer_modules as transfer_modules
     from lens_affect.vectors import EmotionVectors as EmotionVectors
     from lens_affect.vectors import fit_vectors as fit_vectors
     from lens_affect.verification import Verification as Verification
@@ -143,17 +166,24 @@ if TYPE_CHECKING:
     from lens_affect.views import view_tokens as view_tokens
 
 _HOME = {
+    "Ablation": "ablations",
+    "AblationTable": "selectivity",
     "Activations": "activations",
     "Anisotropy": "anisotropy",
     "AxisAgreement": "axes",
     "CATALOGUE": "catalogue",
     "CheckReport": "selfchecks",
+    "Checkpoint": "checkpoints",
+    "CheckpointPair": "checkpoint_pairs",
     "ContrastPairs": "contrasts",
     "CurveShape": "shapes",
+    "DeltaAgreement": "delta_agreement",
+    "DeltaPlan": "delta_plans",
     "DirectAttribution": "attribution",
     "DoseResponse": "doses",
     "EMOTIONS": "stimuli",
     "EmotionVectors": "vectors",
+    "EqualDamage": "damage",
     "GateVerdict": "gate",
     "Generated": "generation",
     "GeometryAgreement": "geometry",
@@ -166,6 +196,7 @@ _HOME = {
     "LocalizationCurve": "localization",
     "MeaningTable": "meaning",
     "MethodComparison": "comparison",
+    "ModuleDelta": "deltas",
     "NeuronTable": "neurons",
     "Onsets": "boundaries",
     "PatchingMap": "patching",
@@ -188,8 +219,10 @@ _HOME = {
     "SweepSpec": "sweeps",
     "Thresholds": "regimes",
     "TokenView": "views",
+    "Transfer": "transfers",
     "TransferTable": "languages",
     "Verification": "verification",
+    "ablate_modules": "ablations",
     "agreement": "gradients",
     "approximate_patches": "gradients",
     "attribute_direction": "attribution",
@@ -200,12 +233,15 @@ _HOME = {
     "classify_regimes": "regimes",
     "compare_geometry": "geometry",
     "compare_methods": "comparison",
+    "compare_modules": "deltas",
     "compare_onsets": "boundaries",
     "compare_scripts": "crosslingual",
     "correlate_inside": "inside",
+    "count_parameters": "sizes",
     "curve_shape": "shapes",
     "effect_sizes": "effects",
     "emotion_rdm": "geometry",
+    "equal_damage": "damage",
     "equivalence": "effects",
     "extract_activations": "activations",
     "extract_poolings": "activations",
@@ -235,11 +271,17 @@ _HOME = {
     "make_scorecard": "scorecard",
     "make_spec": "sweeps",
     "mann_whitney": "effects",
+    "mean_outputs": "ablations",
     "measure_anisotropy": "anisotropy",
+    "neutral_loss": "damage",
+    "open_checkpoint": "checkpoints",
+    "open_pair": "checkpoint_pairs",
     "paired_tests": "effects",
     "patch_sites": "patching",
+    "plan_delta": "delta_plans",
     "plot_anisotropy": "plotting",
     "plot_curves": "plotting",
+    "plot_delta": "plotting_modules",
     "plot_dose": "plotting_steering",
     "plot_emotions": "plotting",
     "plot_inside": "plotting_steering",
@@ -250,6 +292,7 @@ _HOME = {
     "plot_regimes": "plotting_steering",
     "plot_reliability": "plotting",
     "plot_scripts": "plotting_steering",
+    "plot_selectivity": "plotting_modules",
     "plot_siblings": "plotting_patching",
     "plot_similarity": "plotting",
     "plot_valence_arousal": "plotting",
@@ -259,10 +302,12 @@ _HOME = {
     "repetition_share": "repetition",
     "residual_norms": "steering",
     "resolve_site": "sites",
+    "revert_modules": "transfers",
     "run_study": "study",
     "run_sweep": "sweeps",
     "run_jeong_regime": "regimes",
     "save_figure": "style",
+    "scan_ablations": "selectivity",
     "score_texts": "scoring",
     "script_entanglement": "crosslingual",
     "script_shares": "scripts",
@@ -272,6 +317,7 @@ _HOME = {
     "sweep_strengths": "doses",
     "text_languages": "scripts",
     "top_neurons": "neurons",
+    "transfer_modules": "transfers",
     "valence_arousal": "axes",
     "verify_steering": "verification",
     "view_tokens": "views",

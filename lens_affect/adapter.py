@@ -22,6 +22,8 @@ from lens_affect.results import Provenance, git_state, package_versions
 log = logging.getLogger(__name__)
 
 Hook = tuple[str, Callable[..., Any]]
+CHANGED = "weights changed"
+"""Key of Provenance.checks under which a model says that weights of it are replaced for the moment."""
 
 
 @runtime_checkable

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lens_affect.adapter import (
+    CHANGED,
     Encoded,
     LensModel,
     add_hooks,
@@ -105,13 +106,14 @@ def ensure_checked(model: LensModel) -> None:
     Raises:
         SelfCheckError: what failed, and what to do.
     """
-    if model_info(model).provenance.checks:
+    known = model_info(model).provenance.checks
+    if set(known) - {CHANGED}:
         return
     report = check_model(model)
     if report.failed:
         first = report.failed[0]
         raise SelfCheckError(f"{report.model} failed the self-check {first.name!r} ({first.measured}). {first.advice}")
-    update_provenance(model, checks={c.name: f"{c.outcome}: {c.measured}" for c in report.checks})
+    update_provenance(model, checks={**known, **{c.name: f"{c.outcome}: {c.measured}" for c in report.checks}})
 
 
 def check_model(model: LensModel) -> CheckReport:

@@ -18,7 +18,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lens_affect.activations import DEFAULT_BATCH_TOKENS, SINK_RATIO
-from lens_affect.adapter import LensModel, add_hooks, device_of, encode, model_info, pad_right, pad_token_id, run_trunk
+from lens_affect.adapter import (
+    CHANGED,
+    LensModel,
+    add_hooks,
+    device_of,
+    encode,
+    model_info,
+    pad_right,
+    pad_token_id,
+    run_trunk,
+)
 from lens_affect.generation import Intervention, Mode, Scope, change_along, in_scope
 from lens_affect.sites import resolve_site
 from lens_affect.stimuli import NEUTRAL, load_stimuli
@@ -40,7 +50,8 @@ def residual_norms(model: LensModel) -> Float[Tensor, " layer"]:
     Raises:
         ValueError: activations that are not finite.
     """
-    key = model_info(model).provenance.numerics, model_info(model).provenance.dtype
+    facts = model_info(model).provenance
+    key = facts.numerics, facts.dtype, facts.checks.get(CHANGED)
     known = _NORMS.get(model)
     if known is not None and known[0] == key:
         return known[1]

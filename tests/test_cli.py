@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from lens_affect.cli import app
 from lens_affect.steering_study import SteeringStudy
 from lens_affect.sweeps import load_sweep, make_spec, run_sweep
+from tests.test_checkpoint_pairs import changed, save
 from tests.test_sweeps import SMALL
 from tests.tiny import make_hf_model, make_tokenizer
 
@@ -302,3 +303,60 @@ def test_regimes_prints_the_study_and_saves_its_parts(model_folder, finished, tm
         app, ["regimes", model_folder, "--judge", "my aunt", "--out", str(tmp_path / "x"), "--quiet"]
     )
     assert unknown.exit_code == 2
+
+
+@pytest.fixture(scope="module")
+def tuned_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "tuned"
+    save(changed("mistral", gate=0.05, up=0.01), folder, make_tokenizer())
+    return str(folder)
+
+
+def test_delta_prints_where_the_change_is(model_folder, tuned_folder, tmp_path):
+    out = tmp_path / "delta"
+    done = runner.invoke(app, ["delta", model_folder, tuned_folder, "--out", str(out), "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert "most of the change, 96%, is in gate" in " ".join(done.stdout.split())
+    assert {"delta.csv", "delta-figure.html", "manifest.json"} <= {f.name for f in out.iterdir()}
+    again = runner.invoke(app, ["delta", model_folder, tuned_folder, "--out", str(out)])
+    assert again.exit_code == 2
+    rows = json.loads(
+        runner.invoke(
+            app, ["delta", model_folder, tuned_folder, "--norms-only", "--control", tuned_folder, "--json"]
+        ).stdout
+    )
+    assert len(rows) == 21
+    assert {row["ratio_to_control"] for row in rows if row["module"] == "gate"} == {1.0}
+    plan = runner.invoke(app, ["delta", model_folder, tuned_folder, "--plan"])
+    assert "memory at once: at most" in plan.stdout
+    assert (
+        json.loads(runner.invoke(app, ["delta", model_folder, tuned_folder, "--plan", "--json"]).stdout)[0]["n_linear"]
+        == 21
+    )
+    assert "received 'nowhere'" in runner.invoke(app, ["delta", "nowhere", tuned_folder]).stderr
+
+
+def test_transfer_prints_the_loss_of_each_arm(model_folder, tuned_folder, tmp_path):
+    command = ["transfer", model_folder, tuned_folder, "--modules", "gate,attention,all", "--json"]
+    rows = json.loads(runner.invoke(app, [*command, "--out", str(tmp_path / "t.csv")]).stdout)
+    assert [row["modules"] for row in rows] == ["none", "gate", "attention", "all"]
+    assert rows[2]["rise"] == 0
+    assert rows[1]["rise"] != 0
+    assert rows[1]["n"] == 36
+    assert (tmp_path / "t.csv").is_file()
+    wrong = runner.invoke(app, ["transfer", model_folder, tuned_folder, "--modules", "gates"])
+    assert wrong.exit_code == 2
+    assert "received module 'gates'" in wrong.stderr
+
+
+def test_ablate_prints_the_loss_of_each_arm_or_scales_of_equal_damage(model_folder):
+    done = runner.invoke(
+        app, ["ablate", model_folder, "--modules", "gate,up", "--how", "zero", "--scale", "1", "--quiet"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "loss on neutral text" in done.stdout
+    command = ["ablate", model_folder, "--modules", "gate", "--layers", "1", "--target", "0.05", "--json"]
+    rows = json.loads(runner.invoke(app, command).stdout)
+    assert rows[0]["arm"] == "gate"
+    assert rows[0]["reached"] == (abs(rows[0]["rise"] - 0.05) <= 0.0025)
+    assert "received how='burn'" in runner.invoke(app, ["ablate", model_folder, "--how", "burn"]).stderr
