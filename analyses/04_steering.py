@@ -43,7 +43,7 @@ elif extra := os.environ.get("LENS_AFFECT_EXTRA"):
 EMOTIONS = ["happy", "sad", "afraid", "angry"][: 1 if QUICK else 4]
 DECLARED = 0.2  # strength that the verification is about, set before the scenarios were looked at: the largest at which neutral texts stayed sound
 JUDGE = "lexicon" if QUICK else "embedded"
-TOKENS = 16 if QUICK else 48
+TOKENS = 12 if QUICK else 48
 pio.renderers.default = "json" if QUICK else "svg"
 
 
@@ -95,7 +95,7 @@ vectors = {name: kept(la.EmotionVectors, f"{name}/vectors", lambda name=name: fi
 neutral, scenarios = la.load_scenarios("neutral"), la.load_scenarios()
 neutral = neutral.select(rows=range(0, len(neutral), 12 if QUICK else 2))
 if QUICK:
-    scenarios = scenarios.select(emotions=["loving", "grateful"])  # of these the word list knows enough
+    scenarios = scenarios.select(emotions=["loving"])  # of this the word list knows enough
 
 # %% [markdown]
 # ## Dose and response
@@ -150,7 +150,7 @@ onsets = la.compare_onsets(doses)
 print(onsets, end="\n\n")
 save(la.plot_onsets(onsets), "steering_onsets", onsets).show()
 for name in list(LAYERS)[:2]:
-    search = {"strengths": (0.2, 0.8) if QUICK else (0.1, 0.2, 0.4, 0.8, 1.6), "precision": 1.0 if QUICK else 0.25}
+    search = {"strengths": (0.2, 0.8) if QUICK else (0.1, 0.2, 0.4, 0.8, 1.6), "precision": 1.0 if QUICK else 0.5}
     found = kept(
         la.RegimeBoundaries,
         f"{name}/boundaries",
@@ -170,7 +170,7 @@ for name in list(LAYERS)[:2]:
 for name in LAYERS:
     if name not in list(LAYERS)[:2]:
         continue
-    asked = {"strengths": [DECLARED] if QUICK else [0.2, 0.4, 0.8], "n_random": 2 if QUICK else 5}
+    asked = {"strengths": [DECLARED] if QUICK else [0.2, 0.4], "n_random": 2 if QUICK else 5}
     tried = kept(la.DoseResponse, f"{name}/scenarios", lambda name=name, asked=asked: swept(name, scenarios, **asked))
     read = judged(f"{name}/scenarios", tried)
     found = la.verify_steering(tried, read, strength=DECLARED, scenarios=scenarios)
@@ -194,8 +194,10 @@ for name in list(LAYERS)[: 1 if QUICK else 2]:
         )
         for half in (0, 1)
     ]
-    every = la.load_scenarios("neutral") if not QUICK else la.load_scenarios("neutral").select(rows=range(6))
-    asked = {"emotions": EMOTIONS, "strengths": [0.1, 0.2]}
+    every = la.load_scenarios("neutral")
+    if QUICK:
+        every = every.select(rows=range(5))
+    asked = {"emotions": EMOTIONS, "strengths": [DECLARED]}
     tried = kept(
         la.DoseResponse,
         f"{name}/halves",
