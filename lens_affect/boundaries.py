@@ -18,7 +18,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from lens_affect.adapter import LensModel
-from lens_affect.doses import DoseResponse, sweep_strengths
+from lens_affect.doses import UNSTEERED, DoseResponse, sweep_strengths
 from lens_affect.judgements import judge_texts
 from lens_affect.judges import Judge
 from lens_affect.regimes import Thresholds, classify_regimes, damage_labels
@@ -203,7 +203,7 @@ class Onsets:
     table: pd.DataFrame
     """One row per model and damage: model, damage (`any`, or a label of regimes.DAMAGE), kind (`steered` or `random`), change (achieved change at which half of
     the texts have it, straight line between doses on a log scale), low, high (95 %, bootstrap over groups of prompts), share_most (largest share at any dose),
-    reached (whether half was reached), n (texts). Where half is never reached `change` is NaN and `low` the largest change tried."""
+    reached (whether half was reached), unsteered (share of unsteered texts that have it: below one half, or the onset says little), n (texts). Where half is never reached `change` is NaN and `low` the largest change tried."""
     shares: pd.DataFrame
     """One row per model, kind and dose: model, kind, strength, change, and share of each damage label."""
     provenance: Provenance
@@ -231,7 +231,7 @@ class Onsets:
                 if row["reached"]
                 else f"half of the texts stay sound up to a change of {row['low']:.2f}"
             )
-            lines.append(f"{row['model']}: {text}, n = {row['n']}")
+            lines.append(f"{row['model']}: {text}, n = {row['n']} (without steering {row['unsteered']:.2f} are)")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -266,11 +266,14 @@ def compare_onsets(
         if len(strengths) < 2:
             raise ValueError(f"received {model} with positive strengths {strengths}; two or more are needed")
         labels = damage_labels(dose, (thresholds or {}).get(model) or Thresholds.of(dose))
+        again = dose.column("kind") == UNSTEERED[1]  # the first sample is its own reference
         for kind in (k for k in dose.kinds if k in ("steered", "random")):
             cells = [_Cell.of(dose, kind, s) for s in strengths]
             named = {"any": labels != "sound"} | {d: labels == d for d in ("repetitive_collapse", "explosive")}
             rows += [
-                {"model": model, "damage": name, "kind": kind} | _onset(cells, damaged, n_resamples, seed)
+                {"model": model, "damage": name, "kind": kind}
+                | _onset(cells, damaged, n_resamples, seed)
+                | {"unsteered": float(damaged[again].mean())}
                 for name, damaged in named.items()
             ]
             for cell in cells:

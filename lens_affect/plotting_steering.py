@@ -33,6 +33,8 @@ MEASURES = {
     "change": "achieved change of the residual stream, |x' - x| / |x|",
 }
 """What plot_dose draws, with its unit."""
+TICKS = [m * 10.0**k for k in range(-3, 6) for m in (1, 2, 5)]
+"""Of logarithmic axes."""
 
 
 def plot_dose(dose: DoseResponse, *, measure: str = "perplexity_ratio", title: str | None = None) -> go.Figure:
@@ -71,11 +73,12 @@ def plot_dose(dose: DoseResponse, *, measure: str = "perplexity_ratio", title: s
         )  # fmt: skip
     lines = _thresholds(dose, measure)
     for name, value in lines.items():
-        figure.add_hline(
-            y=value,
-            line={"color": "#999999", "width": 1, "dash": "dash"},
-            annotation={"text": name, "font": {"size": 10}},
-        )
+        figure.add_hline(y=value, line={"color": "#999999", "width": 1, "dash": "dash"})
+        # On a logarithmic axis the place of an annotation is the logarithm.
+        figure.add_annotation(
+            x=1, xref="paper", xanchor="right", y=math.log10(value) if measure == "perplexity_ratio" else value, yanchor="bottom",
+            text=name, showarrow=False, font={"size": 10},
+        )  # fmt: skip
     set_layout(
         figure,
         title or _dose_title(dose, cells, measure),
@@ -83,7 +86,7 @@ def plot_dose(dose: DoseResponse, *, measure: str = "perplexity_ratio", title: s
         MEASURES[measure],
     )
     if measure == "perplexity_ratio":
-        figure.update_yaxes(type="log")
+        figure.update_yaxes(type="log", tickvals=TICKS, ticktext=[f"{t:g}" for t in TICKS])
     figure.add_vline(x=0, line={"color": "#CCCCCC", "width": 1})
     figure.add_scatter(
         x=[0], y=[start], mode="markers", marker={"color": "#7F7F7F", "symbol": "x"}, name="unsteered", showlegend=False
@@ -109,7 +112,7 @@ def _dose_title(dose: DoseResponse, cells: pd.DataFrame, measure: str) -> str:
     smallest = min(means, key=lambda s: means[s])
     layers = f"layer {dose.layers[0]}" if len(dose.layers) == 1 else f"{len(dose.layers)} layers"
     return (
-        f"{dose.provenance.title}, {layers}, {len(dose.prompts)} prompts of {dose.name}<br>{MEASURES[measure].split(',')[0]}: from {means[smallest]:.2f} at "
+        f"{dose.provenance.title}, {layers}, {len(dose.prompts)} prompts ({dose.name})<br>{MEASURES[measure].split(',')[0]}: from {means[smallest]:.2f} at "
         f"{smallest:+g} to {means[largest]:.2f} at {largest:+g} (mean of {len(dose.emotions)} emotions)"
     )
 
@@ -198,7 +201,7 @@ def plot_verification(found: Verification, *, title: str | None = None) -> go.Fi
         "share of scenarios (bars: Wilson, 95 %)",
     )
     figure.update_xaxes(type="category")
-    figure.update_yaxes(range=[0, 1])
+    figure.update_yaxes(range=[-0.03, 1.03])
     return figure
 
 
@@ -260,8 +263,8 @@ def plot_onsets(found: Onsets, *, title: str | None = None) -> go.Figure:
         "achieved change of the residual stream, |x' - x| / |x|",
         "damaged texts, share",
     )
-    figure.update_xaxes(type="log")
-    figure.update_yaxes(range=[0, 1])
+    figure.update_xaxes(type="log", tickvals=TICKS, ticktext=[f"{t:g}" for t in TICKS])
+    figure.update_yaxes(range=[-0.03, 1.03])
     return figure
 
 

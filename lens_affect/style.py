@@ -54,6 +54,7 @@ def draw_band(
         y=np.concatenate([low, high[::-1]]),
         fill="toself",
         fillcolor=f"rgba({red},{green},{blue},{opacity})",
+        mode="lines",
         line={"width": 0},
         name=name,
         showlegend=name is not None,
@@ -93,14 +94,16 @@ def save_figure(figure: go.Figure, path: str | os.PathLike[str], *results: Any) 
     for result in results:
         table = pd.DataFrame(result.to_frame()).to_json(orient="split", index=False, double_precision=10)
         numbers.append({"title": title, "table": json.loads(str(table)), "provenance": result.provenance.__dict__})
-    write_text_atomically(place.with_suffix(".json"), json.dumps(numbers, indent=1, default=str))
-    figure.write_html(place.with_suffix(".html"), include_plotlyjs="directory")
+    # A model's name may hold a dot, so nothing is taken for a suffix.
+    page, picture, data = (place.parent / f"{place.name}{end}" for end in (".html", ".png", ".json"))
+    write_text_atomically(data, json.dumps(numbers, indent=1, default=str))
+    figure.write_html(page, include_plotlyjs="directory")
     try:
-        figure.write_image(place.with_suffix(".png"), scale=2)
+        figure.write_image(picture, scale=2)
     except Exception as error:  # kaleido raises kinds of its own; the interactive figure is there already
         log.warning(
             "no PNG of %s (%s); install the group `figures` and a Chromium (BROWSER_PATH)",
             place.name,
             str(error).splitlines()[0],
         )
-    return place.with_suffix(".html")
+    return page
