@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lens_affect.advice import recommend as recommend
     from lens_affect.anisotropy import Anisotropy as Anisotropy
     from lens_affect.anisotropy import measure_anisotropy as measure_anisotropy
+    from lens_affect.arms import Arm as Arm
+    from lens_affect.arms import plan_arm as plan_arm
     from lens_affect.attribution import DirectAttribution as DirectAttribution
     from lens_affect.attribution import attribute_direction as attribute_direction
     from lens_affect.axes import AxisAgreement as AxisAgreement
@@ -120,6 +122,14 @@ if TYPE_CHECKING:
     from lens_affect.sweeps import load_sweep as load_sweep
     from lens_affect.sweeps import make_spec as make_spec
     from lens_affect.sweeps import run_sweep as run_sweep
+    from lens_affect.tasks import Task as Task
+    from lens_affect.tasks import TaskScores as TaskScores
+    from lens_affect.tasks import load_task as load_task
+    from lens_affect.tuning import Tuned as Tuned
+    from lens_affect.tuning import choose_rate as choose_rate
+    from lens_affect.tuning import tune_module as tune_module
+    from lens_affect.tuning import tuned_weights as tuned_weights
+    from lens_affect.tuning import write_adapter as write_adapter
     from lens_affect.vectors import EmotionVectors as EmotionVectors
     from lens_affect.vectors import fit_vectors as fit_vectors
     from lens_affect.views import TokenView as TokenView
@@ -129,6 +139,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Activations": "activations",
     "Anisotropy": "anisotropy",
+    "Arm": "arms",
     "AxisAgreement": "axes",
     "CATALOGUE": "catalogue",
     "CheckReport": "selfchecks",
@@ -166,15 +177,19 @@ _HOME = {
     "Stories": "stories",
     "Sweep": "sweeps",
     "SweepSpec": "sweeps",
+    "Task": "tasks",
+    "TaskScores": "tasks",
     "Thresholds": "regimes",
     "TokenView": "views",
     "TransferTable": "languages",
+    "Tuned": "tuning",
     "agreement": "gradients",
     "approximate_patches": "gradients",
     "attribute_direction": "attribution",
     "can_name": "judgements",
     "check_effect_size": "reported",
     "check_model": "selfchecks",
+    "choose_rate": "tuning",
     "circuitsvis_view": "views",
     "classify_regimes": "regimes",
     "compare_geometry": "geometry",
@@ -206,6 +221,7 @@ _HOME = {
     "load_stimuli": "stimuli",
     "load_study": "study",
     "load_sweep": "sweeps",
+    "load_task": "tasks",
     "localize": "localization",
     "make_push": "steering",
     "make_scorecard": "scorecard",
@@ -214,14 +230,15 @@ _HOME = {
     "measure_anisotropy": "anisotropy",
     "paired_tests": "effects",
     "patch_sites": "patching",
+    "plan_arm": "arms",
     "plot_anisotropy": "plotting",
     "plot_curves": "plotting",
-    "plot_emotions": "plotting",
-    "plot_regimes": "plotting_steering",
     "plot_dose": "plotting_steering",
+    "plot_emotions": "plotting",
     "plot_methods": "plotting",
     "plot_patching": "plotting_patching",
     "plot_positions": "plotting_patching",
+    "plot_regimes": "plotting_steering",
     "plot_reliability": "plotting",
     "plot_siblings": "plotting_patching",
     "plot_similarity": "plotting",
@@ -241,8 +258,11 @@ _HOME = {
     "sweep_strengths": "doses",
     "text_languages": "scripts",
     "top_neurons": "neurons",
+    "tune_module": "tuning",
+    "tuned_weights": "tuning",
     "valence_arousal": "axes",
     "view_tokens": "views",
+    "write_adapter": "tuning",
     "write_report": "report",
     "write_stories": "stories",
 }
