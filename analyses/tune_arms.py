@@ -33,7 +33,7 @@ RUNS = Path(os.environ.get("LENS_AFFECT_RUNS", HERE.parent / "runs")) / "tuning"
 MODEL = "smollm2-135m-instruct"
 MAX_WORDS = 12  # of a comment: at most 12 words keep a step at 16 rows of some 15 tokens
 N_TEST, N_WRITTEN = 2048, 108
-STEPS, RANK = 100, 4
+STEPS, CHECK_EVERY, RANK = 64, 16, 4
 log = logging.getLogger("tune_arms")
 
 
@@ -147,6 +147,7 @@ def run(model: Any, job: Job) -> None:
             *(model, task),
             **options(job, model),
             steps=STEPS,
+            check_every=CHECK_EVERY,
             seed=job.seed,
             rate=rate,
             test=test_of(job.task),

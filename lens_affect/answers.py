@@ -6,7 +6,7 @@ Prompts are padded on the left behind a mask, with positions of their own, so a 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -25,7 +25,6 @@ from lens_affect.adapter import (
     token_ids,
 )
 
-Scoring = Literal["likelihood", "first_token"]
 IGNORED = -100
 """Target of a position that does not count."""
 
@@ -116,7 +115,7 @@ def choice_log_probabilities(
     prompts: Sequence[str],
     answers: Sequence[str],
     *,
-    scoring: Scoring = "likelihood",
+    scoring: str = "likelihood",
     form: Form = "continue",
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,

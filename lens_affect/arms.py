@@ -7,12 +7,13 @@ chosen so that the number agrees within 1 %; what was reached stands in the arm.
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from lens_affect.sizes import MODULES, choose_blocks, choose_modules, count_layers, module_shapes
 from lens_affect.statistics import derive_generator
 
-Method = Literal["lora", "full"]
+METHODS = ("lora", "full")
+"""How maps learn: by low-rank updates, or themselves."""
 TOLERANCE = 0.01
 """Largest difference in trained weights, as a share, at which two arms count as equal in size."""
 
@@ -23,7 +24,7 @@ class Arm:
 
     name: str
     """What was asked for, such as `gate`, `attention`, `random` or `none`."""
-    method: Method
+    method: str
     """`lora` (low-rank updates) or `full` (the maps themselves)."""
     ranks: Mapping[str, int]
     """Rank by place, in order of blocks; 0 in full tuning."""
@@ -48,7 +49,7 @@ def plan_arm(
     config: Any,
     modules: str | Sequence[str],
     *,
-    method: Method = "lora",
+    method: str = "lora",
     rank: int | None = None,
     n_parameters: int | None = None,
     layers: Sequence[int] | None = None,
@@ -77,8 +78,8 @@ def plan_arm(
         >>> print(plan_arm(sizes, "gate", rank=2))
         gate, lora, rank 2: 112 weights in 2 maps
     """
-    if method not in ("lora", "full"):
-        raise ValueError(f"received method {method!r}; allowed are 'lora' and 'full'")
+    if method not in METHODS:
+        raise ValueError(f"received method {method!r}; allowed are {list(METHODS)}")
     name = modules if isinstance(modules, str) else "+".join(modules)
     shapes = module_shapes(config)
     blocks = choose_blocks(layers, count_layers(config))
@@ -102,7 +103,7 @@ def plan_arm(
     return _arm(name, method, ranks, cost, n_parameters)
 
 
-def _cost(shape: tuple[int, int], method: Method) -> int:
+def _cost(shape: tuple[int, int], method: str) -> int:
     """Weights per unit of rank, or of the whole map."""
     outputs, inputs = shape
     return outputs + inputs if method == "lora" else outputs * inputs
@@ -111,7 +112,7 @@ def _cost(shape: tuple[int, int], method: Method) -> int:
 Place = tuple[int, str]
 
 
-def _arm(name: str, method: Method, ranks: Mapping[Place, int], cost: Mapping[str, int], wanted: int | None) -> Arm:
+def _arm(name: str, method: str, ranks: Mapping[Place, int], cost: Mapping[str, int], wanted: int | None) -> Arm:
     total = sum((rank if method == "lora" else 1) * cost[module] for (_, module), rank in ranks.items())
     arm = Arm(
         name,
@@ -174,7 +175,7 @@ def _equal_size(chosen: Sequence[str], blocks: Sequence[int], cost: Mapping[str,
 def _random_arm(
     shapes: Mapping[str, tuple[int, int]],
     blocks: Sequence[int],
-    method: Method,
+    method: str,
     rank: int | None,
     wanted: int | None,
     seed: int,

@@ -18,8 +18,8 @@ from lens_affect.statistics import derive_generator
 from lens_affect.stimuli import NEUTRAL, load_stimuli
 from lens_affect.tables import FORMATS, read_table, require_columns
 
-Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test")
+"""Parts of a task's examples."""
 EKMAN = {
     "anger": ("anger", "annoyance", "disapproval"),
     "disgust": ("disgust",),
@@ -59,7 +59,7 @@ class Example:
     """Dialogue, topic or passage: examples of one group are resampled together and stay on one side of every split."""
 
 
-Examples = dict[Split, tuple[Example, ...]]
+Examples = dict[str, tuple[Example, ...]]
 
 
 def data_folder(name: str) -> Path:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -26,9 +26,10 @@ from lens_affect.generation import generate
 from lens_affect.judges import Judge, load_judge
 from lens_affect.results import Provenance, Stopwatch, content_hash, load_result, save_result
 from lens_affect.statistics import Better, Interval, cluster_means, derive_generator, mean_interval
-from lens_affect.task_data import Example, Split
+from lens_affect.task_data import Example
 
-Scoring = Literal["likelihood", "first_token", "generation"]
+SCORINGS = ("likelihood", "first_token", "generation")
+"""How a choice is scored."""
 Progress = Callable[[int, int], None]
 
 
@@ -148,7 +149,7 @@ class Task(Protocol):
         """Whether it is an affect task."""
         ...
 
-    def examples(self, split: Split = "test", *, n: int | None = None, seed: int = 0) -> tuple[Example, ...]:
+    def examples(self, split: str = "test", *, n: int | None = None, seed: int = 0) -> tuple[Example, ...]:
         """Examples of a split: all, or n drawn at random."""
         ...
 
@@ -180,10 +181,10 @@ class _Base:
     """Name for printed results."""
     affective: bool
     """Whether it is an affect task."""
-    splits: Mapping[Split, tuple[Example, ...]] = field(repr=False)
+    splits: Mapping[str, tuple[Example, ...]] = field(repr=False)
     """Examples by split."""
 
-    def examples(self, split: Split = "test", *, n: int | None = None, seed: int = 0) -> tuple[Example, ...]:
+    def examples(self, split: str = "test", *, n: int | None = None, seed: int = 0) -> tuple[Example, ...]:
         """Examples of a split: all, or n drawn at random (in the split's order).
 
         Raises:
@@ -220,15 +221,15 @@ class ChoiceTask(_Base):
     """Allowed answers."""
     question: str
     """What stands between the text and the answer, such as `Emotion`."""
-    scoring: Scoring = "likelihood"
+    scoring: str = "likelihood"
     """`likelihood` of the whole word, of its `first_token` only, or `generation` (greedy; another word than a label is wrong)."""
 
     def __post_init__(self) -> None:
         if len(set(self.labels)) < 2:
             raise ValueError(f"received a task with the labels {list(self.labels)}; a choice needs at least two")
-        if self.scoring not in ("likelihood", "first_token", "generation"):
+        if self.scoring not in SCORINGS:
             raise ValueError(
-                f"received scoring={self.scoring!r}; allowed are 'likelihood', 'first_token' and 'generation'"
+                f"received scoring={self.scoring!r}; allowed are {list(SCORINGS)}"
             )
         foreign = {label for rows in self.splits.values() for e in rows for label in e.labels} - set(self.labels)
         if foreign:
@@ -277,7 +278,7 @@ class ChoiceTask(_Base):
     def shuffled(self, *, seed: int = 0) -> "ChoiceTask":
         """A control: labels of the training and validation examples permuted, those of the test examples kept."""
 
-        def permuted(split: Split) -> tuple[Example, ...]:
+        def permuted(split: str) -> tuple[Example, ...]:
             rows = self.splits[split]
             order = derive_generator(seed, "shuffle labels", split).permutation(len(rows)).tolist()
             return tuple(dataclasses.replace(e, labels=rows[i].labels) for e, i in zip(rows, order, strict=True))
@@ -451,7 +452,7 @@ TASKS = {
 def load_task(
     name: str | os.PathLike[str],
     *,
-    scoring: Scoring = "likelihood",
+    scoring: str = "likelihood",
     max_words: int | None = None,
     judge: Judge | None = None,
 ) -> ChoiceTask | AnswerTask | TextTask | WritingTask:
@@ -496,7 +497,7 @@ def load_task(
 
 
 def _choice(
-    name: str, title: str, scoring: Scoring, affective: bool, splits: task_data.Examples, question: str
+    name: str, title: str, scoring: str, affective: bool, splits: task_data.Examples, question: str
 ) -> ChoiceTask:
     labels = tuple(sorted({label for rows in splits.values() for e in rows for label in e.labels}))
     return ChoiceTask(name, title, affective, splits, labels=labels, question=question, scoring=scoring)

@@ -1,7 +1,7 @@
 """Tune chosen linear maps of a model on a task, and put the model back exactly as it was.
 
 Only the arm's maps learn: through LoRA (peft), or themselves. The loss is on the answer's tokens over the whole vocabulary. Every arm gets its
-learning rate by the same rule: the one of a few with the lowest validation loss after a few steps. A loss that is not finite, or that explodes,
+learning rate by the same rule: the one with the lowest validation loss after a few steps, looked for up or down from a first one. A loss that is not finite, or that explodes,
 ends the arm; it is recorded as such, and the model is restored all the same.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lens_affect.adapter import LensModel, model_info
 from lens_affect.answers import AnswerBatch, answer_loss, answer_scores, encode_rows, make_batch, require_bridge
-from lens_affect.arms import Arm, Method, plan_arm
+from lens_affect.arms import Arm, plan_arm
 from lens_affect.results import Provenance, Stopwatch, load_result, save_result
 from lens_affect.sizes import MODULES
 from lens_affect.statistics import derive_generator, derive_seed
@@ -32,10 +32,13 @@ from lens_affect.tasks import Task, TaskScores
 
 log = logging.getLogger(__name__)
 
-RATES: dict[Method, tuple[float, ...]] = {"lora": (5e-4, 2e-3, 8e-3), "full": (2e-5, 1e-4, 5e-4)}
-"""Learning rates that the rule tries."""
-RATE_STEPS = 25
+FIRST_RATE = {"lora": 8e-3, "full": 1e-4}
+"""Learning rate that the rule tries first, by method."""
+RATE_FACTOR = 4.0
+"""The next rate is this many times higher or lower."""
+RATE_STEPS = 20
 """Steps of each try."""
+MOST_TRIES = 5
 SCALE = 2.0
 """alpha / r of LoRA at every rank, as AffectGPT has it (r 16, alpha 32; arXiv:2501.16566)."""
 WARM_UP = 0.1
@@ -154,7 +157,7 @@ def tune_module(
     task: Task,
     *,
     modules: str | Sequence[str],
-    method: Method = "lora",
+    method: str = "lora",
     rank: int | None = None,
     n_parameters: int | None = None,
     layers: Sequence[int] | None = None,
@@ -244,17 +247,17 @@ def choose_rate(
     task: Task,
     *,
     modules: str | Sequence[str],
-    method: Method = "lora",
+    method: str = "lora",
     rank: int | None = None,
     n_parameters: int | None = None,
     layers: Sequence[int] | None = None,
     seed: int = 0,
-    rates: Sequence[float] = (),
+    first: float | None = None,
     batch_size: int = 16,
     max_tokens: int = 32,
     n_validation: int = 96,
 ) -> float:
-    """The rule by which every arm gets its learning rate: the one with the lowest validation loss after RATE_STEPS steps.
+    """The rule by which every arm gets its learning rate: validation loss after RATE_STEPS steps, climbed up or down in factors of four.
 
     Args:
         model: a bridge in float32.
@@ -265,7 +268,7 @@ def choose_rate(
         n_parameters: weights to train instead.
         layers: 0-based blocks.
         seed: as in `tune_module`; a campaign tunes the rate once per arm and uses it for all seeds.
-        rates: candidates; RATES by default.
+        first: rate that is tried first; FIRST_RATE by default. From there the rule climbs in steps of RATE_FACTOR.
         batch_size: examples in a step.
         max_tokens: longest training example.
         n_validation: validation examples.
@@ -276,13 +279,13 @@ def choose_rate(
     """
     arm = _plan(model, modules, method, rank, n_parameters, layers, seed)
     data = _read_data(model, task, seed, RATE_STEPS, batch_size, max_tokens, n_validation)
-    return _best_rate(model, arm, data, seed, rates)
+    return _best_rate(model, arm, data, seed, first)
 
 
 def _plan(
     model: Any,
     modules: str | Sequence[str],
-    method: Method,
+    method: str,
     rank: int | None,
     n_parameters: int | None,
     layers: Sequence[int] | None,
@@ -428,16 +431,30 @@ def _look(model: Any, data: _Data, step: int, train_loss: float) -> dict[str, fl
     }
 
 
-def _best_rate(model: Any, arm: Arm, data: _Data, seed: int, rates: Sequence[float] = ()) -> float:
-    reached = {}
+def _best_rate(model: Any, arm: Arm, data: _Data, seed: int, first: float | None = None) -> float:
+    """Climb: up from the first rate while that helps, else down while that helps."""
     data = _Data(data.batches[:RATE_STEPS], data.validation)
-    for rate in rates or RATES[arm.method]:
-        with _trainable(model, arm, seed) as parameters:
-            reached[rate] = _train(model, parameters, data, rate, len(data.batches), 1).best_loss
-    best = min(reached, key=lambda rate: reached[rate])
+    reached: dict[float, float] = {}
+
+    def loss_at(rate: float) -> float:
+        if rate not in reached:
+            with _trainable(model, arm, seed) as parameters:
+                reached[rate] = _train(model, parameters, data, rate, len(data.batches), 1).best_loss
+        return reached[rate]
+
+    best = first or FIRST_RATE[arm.method]
+    loss_at(best)
+    for factor in (RATE_FACTOR, 1 / RATE_FACTOR):
+        moved = False
+        while len(reached) < MOST_TRIES and (
+            loss_at(best * factor) < reached[best] or not math.isfinite(reached[best]) and factor < 1
+        ):
+            best, moved = best * factor, True
+        if moved:
+            break
     if not math.isfinite(reached[best]):
-        raise RuntimeError(f"the loss of {arm} exploded at every rate of {sorted(reached)}; pass lower ones")
-    log.info("%s: validation loss by rate %s", arm.name, {f"{r:g}": round(v, 4) for r, v in reached.items()})
+        raise RuntimeError(f"the loss of {arm} exploded at every rate of {sorted(reached)}; pass a lower first one")
+    log.info("%s: validation loss by rate %s", arm.name, {f"{r:g}": round(v, 4) for r, v in sorted(reached.items())})
     return best
 
 
