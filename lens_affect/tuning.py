@@ -360,7 +360,7 @@ def _bucketed(rows: list[Row], batch_size: int, seed: int) -> list[list[Row]]:
 
 @dataclass(frozen=True)
 class _Run:
-    curve: pd.DataFrame
+    curve: Any
     best_step: int
     best_loss: float
     exploded: bool
@@ -421,7 +421,7 @@ def _train(
     return _Run(curve, best_step, math.inf if exploded else float(curve["validation_loss"].min()), exploded, note)
 
 
-def _look(model: Any, data: _Data, step: int, train_loss: float) -> dict[str, float]:
+def _look(model: Any, data: _Data, step: int, train_loss: float) -> dict[str, Any]:
     loss, exact = answer_scores(model, [p for p, _ in data.validation], [a for _, a in data.validation])
     return {
         "step": step,
