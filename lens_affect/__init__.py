@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from lens_affect.axes import AxisAgreement as AxisAgreement
     from lens_affect.axes import valence_arousal as valence_arousal
     from lens_affect.catalogue import CATALOGUE as CATALOGUE
+    from lens_affect.checkpoint_pairs import CheckpointPair as CheckpointPair
+    from lens_affect.checkpoint_pairs import open_pair as open_pair
+    from lens_affect.checkpoints import Checkpoint as Checkpoint
+    from lens_affect.checkpoints import open_checkpoint as open_checkpoint
     from lens_affect.comparison import MethodComparison as MethodComparison
     from lens_affect.comparison import compare_methods as compare_methods
     from lens_affect.contrasts import ContrastPairs as ContrastPairs
@@ -29,6 +33,11 @@ if TYPE_CHECKING:
     from lens_affect.crosslingual import ScriptTable as ScriptTable
     from lens_affect.crosslingual import compare_scripts as compare_scripts
     from lens_affect.crosslingual import script_entanglement as script_entanglement
+    from lens_affect.delta_agreement import DeltaAgreement as DeltaAgreement
+    from lens_affect.delta_plans import DeltaPlan as DeltaPlan
+    from lens_affect.delta_plans import plan_delta as plan_delta
+    from lens_affect.deltas import ModuleDelta as ModuleDelta
+    from lens_affect.deltas import compare_modules as compare_modules
     from lens_affect.doses import DoseResponse as DoseResponse
     from lens_affect.doses import sweep_strengths as sweep_strengths
     from lens_affect.effects import effect_sizes as effect_sizes
@@ -62,6 +71,10 @@ if TYPE_CHECKING:
     from lens_affect.meaning import foreign_meaning as foreign_meaning
     from lens_affect.meaning import load_emotion_words as load_emotion_words
     from lens_affect.models import load_model as load_model
+    from lens_affect.module_table import ModuleTable as ModuleTable
+    from lens_affect.module_table import compare_arms as compare_arms
+    from lens_affect.module_table import learning_curves as learning_curves
+    from lens_affect.module_table import load_runs as load_runs
     from lens_affect.neurons import NeuronTable as NeuronTable
     from lens_affect.neurons import top_neurons as top_neurons
     from lens_affect.patching import PatchingMap as PatchingMap
@@ -78,6 +91,8 @@ if TYPE_CHECKING:
     from lens_affect.plotting_patching import plot_siblings as plot_siblings
     from lens_affect.plotting_steering import plot_dose as plot_dose
     from lens_affect.plotting_steering import plot_regimes as plot_regimes
+    from lens_affect.plotting_tuning import plot_learning as plot_learning
+    from lens_affect.plotting_tuning import plot_retention as plot_retention
     from lens_affect.projections import LayerProjections as LayerProjections
     from lens_affect.projections import projection_by_layer as projection_by_layer
     from lens_affect.protocols import extract_protocol as extract_protocol
@@ -104,6 +119,7 @@ if TYPE_CHECKING:
     from lens_affect.sites import SITES as SITES
     from lens_affect.sites import Site as Site
     from lens_affect.sites import resolve_site as resolve_site
+    from lens_affect.sizes import count_parameters as count_parameters
     from lens_affect.steering import Push as Push
     from lens_affect.steering import make_push as make_push
     from lens_affect.steering import residual_norms as residual_norms
@@ -122,6 +138,12 @@ if TYPE_CHECKING:
     from lens_affect.sweeps import load_sweep as load_sweep
     from lens_affect.sweeps import make_spec as make_spec
     from lens_affect.sweeps import run_sweep as run_sweep
+    from lens_affect.task_metrics import TaskMetrics as TaskMetrics
+    from lens_affect.task_metrics import Wheels as Wheels
+    from lens_affect.task_metrics import hit_rate as hit_rate
+    from lens_affect.task_metrics import load_wheels as load_wheels
+    from lens_affect.task_metrics import measure_task as measure_task
+    from lens_affect.task_metrics import set_scores as set_scores
     from lens_affect.tasks import Task as Task
     from lens_affect.tasks import TaskScores as TaskScores
     from lens_affect.tasks import load_task as load_task
@@ -130,6 +152,8 @@ if TYPE_CHECKING:
     from lens_affect.tuning import tune_module as tune_module
     from lens_affect.tuning import tuned_weights as tuned_weights
     from lens_affect.tuning import write_adapter as write_adapter
+    from lens_affect.tuning_plans import TuningPlan as TuningPlan
+    from lens_affect.tuning_plans import plan_tuning as plan_tuning
     from lens_affect.vectors import EmotionVectors as EmotionVectors
     from lens_affect.vectors import fit_vectors as fit_vectors
     from lens_affect.views import TokenView as TokenView
@@ -143,8 +167,12 @@ _HOME = {
     "AxisAgreement": "axes",
     "CATALOGUE": "catalogue",
     "CheckReport": "selfchecks",
+    "Checkpoint": "checkpoints",
+    "CheckpointPair": "checkpoint_pairs",
     "ContrastPairs": "contrasts",
     "CurveShape": "shapes",
+    "DeltaAgreement": "delta_agreement",
+    "DeltaPlan": "delta_plans",
     "DirectAttribution": "attribution",
     "DoseResponse": "doses",
     "EMOTIONS": "stimuli",
@@ -160,6 +188,8 @@ _HOME = {
     "LocalizationCurve": "localization",
     "MeaningTable": "meaning",
     "MethodComparison": "comparison",
+    "ModuleDelta": "deltas",
+    "ModuleTable": "module_table",
     "NeuronTable": "neurons",
     "PatchingMap": "patching",
     "Provenance": "results",
@@ -178,11 +208,14 @@ _HOME = {
     "Sweep": "sweeps",
     "SweepSpec": "sweeps",
     "Task": "tasks",
+    "TaskMetrics": "task_metrics",
     "TaskScores": "tasks",
     "Thresholds": "regimes",
     "TokenView": "views",
     "TransferTable": "languages",
     "Tuned": "tuning",
+    "TuningPlan": "tuning_plans",
+    "Wheels": "task_metrics",
     "agreement": "gradients",
     "approximate_patches": "gradients",
     "attribute_direction": "attribution",
@@ -192,9 +225,12 @@ _HOME = {
     "choose_rate": "tuning",
     "circuitsvis_view": "views",
     "classify_regimes": "regimes",
+    "compare_arms": "module_table",
     "compare_geometry": "geometry",
     "compare_methods": "comparison",
+    "compare_modules": "deltas",
     "compare_scripts": "crosslingual",
+    "count_parameters": "sizes",
     "curve_shape": "shapes",
     "effect_sizes": "effects",
     "emotion_rdm": "geometry",
@@ -206,40 +242,51 @@ _HOME = {
     "fit_vectors": "vectors",
     "foreign_meaning": "meaning",
     "generate": "generation",
+    "hit_rate": "task_metrics",
     "judge_agreement": "judgements",
     "judge_gate": "gate",
     "judge_names": "judgements",
     "judge_texts": "judgements",
     "language_transfer": "languages",
+    "learning_curves": "module_table",
     "lexical_bar": "lexical",
     "load_emotion_words": "meaning",
     "load_judge": "judges",
     "load_model": "models",
     "load_pairs": "contrasts",
     "load_prompts": "stimuli",
+    "load_runs": "module_table",
     "load_scenarios": "scenarios",
     "load_stimuli": "stimuli",
     "load_study": "study",
     "load_sweep": "sweeps",
     "load_task": "tasks",
+    "load_wheels": "task_metrics",
     "localize": "localization",
     "make_push": "steering",
     "make_scorecard": "scorecard",
     "make_spec": "sweeps",
     "mann_whitney": "effects",
     "measure_anisotropy": "anisotropy",
+    "measure_task": "task_metrics",
+    "open_checkpoint": "checkpoints",
+    "open_pair": "checkpoint_pairs",
     "paired_tests": "effects",
     "patch_sites": "patching",
     "plan_arm": "arms",
+    "plan_delta": "delta_plans",
+    "plan_tuning": "tuning_plans",
     "plot_anisotropy": "plotting",
     "plot_curves": "plotting",
     "plot_dose": "plotting_steering",
     "plot_emotions": "plotting",
+    "plot_learning": "plotting_tuning",
     "plot_methods": "plotting",
     "plot_patching": "plotting_patching",
     "plot_positions": "plotting_patching",
     "plot_regimes": "plotting_steering",
     "plot_reliability": "plotting",
+    "plot_retention": "plotting_tuning",
     "plot_siblings": "plotting_patching",
     "plot_similarity": "plotting",
     "plot_valence_arousal": "plotting",
@@ -254,6 +301,7 @@ _HOME = {
     "score_texts": "scoring",
     "script_entanglement": "crosslingual",
     "script_shares": "scripts",
+    "set_scores": "task_metrics",
     "steer": "steering",
     "sweep_strengths": "doses",
     "text_languages": "scripts",

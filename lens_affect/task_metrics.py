@@ -274,7 +274,7 @@ class TaskMetrics:
         return f"{self.title}: {first.metric} {first.value:.3f} [{first.low:.3f}, {first.high:.3f}], n = {first.n}\n{rest}"
 
 
-def task_metrics(scores: TaskScores, *, wheels: Wheels | None = None, seed: int = 0) -> TaskMetrics:
+def measure_task(scores: TaskScores, *, wheels: Wheels | None = None, seed: int = 0) -> TaskMetrics:
     """Every metric that applies: the task's own, and for labels weighted and macro F1, hit rate by wheels, and the right label's log share.
 
     Args:

@@ -17,7 +17,7 @@ from lens_affect.task_metrics import (
     macro_f1,
     sentiment_f1,
     set_scores,
-    task_metrics,
+    measure_task,
     weighted_f1,
 )
 from lens_affect.tasks import TaskScores
@@ -139,7 +139,7 @@ def test_metrics_of_scores_have_intervals_that_hold_the_value():
     gold = rng.choice(LABELS, 120).tolist()
     predicted = [g if rng.random() < 0.7 else str(rng.choice(LABELS)) for g in gold]
     logits = torch.randn(120, 4, generator=torch.Generator().manual_seed(0))
-    found = task_metrics(scores_of(gold, predicted, groups=[f"g{i // 4}" for i in range(120)], log_probabilities=logits))
+    found = measure_task(scores_of(gold, predicted, groups=[f"g{i // 4}" for i in range(120)], log_probabilities=logits))
     table = found.to_frame().set_index("metric")
     assert list(table.index) == ["accuracy", "weighted F1", "macro F1", "hit rate", "log share of the right label"]
     assert ((table["low"] < table["value"]) & (table["value"] < table["high"])).all()
@@ -148,5 +148,5 @@ def test_metrics_of_scores_have_intervals_that_hold_the_value():
 
 
 def test_a_perfect_prediction_scores_one_everywhere():
-    found = task_metrics(scores_of(LABELS * 5, LABELS * 5)).to_frame()
+    found = measure_task(scores_of(LABELS * 5, LABELS * 5)).to_frame()
     assert found["value"].tolist() == pytest.approx([1.0, 1.0, 1.0, 1.0])

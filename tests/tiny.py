@@ -17,6 +17,8 @@ from transformers import (
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -68,6 +70,8 @@ FAMILIES = {
     "mistral": (MistralForCausalLM, MistralConfig(**_GATED, sliding_window=8)),
     "mixtral": (MixtralForCausalLM, MixtralConfig(**_GATED, num_local_experts=4, sliding_window=None)),
 }
+PHI3 = (Phi3ForCausalLM, Phi3Config(**_GATED))
+"""A family whose files hold q, k and v in one tensor, and gate and up in another."""
 DENSE = tuple(name for name in FAMILIES if name != "mixtral")
 
 
@@ -99,7 +103,7 @@ def make_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
 
 
 def make_hf_model(family: str, *, seed: int = 0) -> torch.nn.Module:
-    cls, config = FAMILIES[family]
+    cls, config = PHI3 if family == "phi3" else FAMILIES[family]
     torch.manual_seed(seed)
     model = cls(type(config).from_dict(config.to_dict())).eval()
     model.config.architectures = [cls.__name__]
