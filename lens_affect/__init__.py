@@ -147,11 +147,12 @@ if TYPE_CHECKING:
     from lens_affect.tasks import Task as Task
     from lens_affect.tasks import TaskScores as TaskScores
     from lens_affect.tasks import load_task as load_task
-    from lens_affect.tuning import Tuned as Tuned
+    from lens_affect.trainable import tuned_weights as tuned_weights
+    from lens_affect.tuned import Tuned as Tuned
+    from lens_affect.tuned import write_adapter as write_adapter
     from lens_affect.tuning import choose_rate as choose_rate
+    from lens_affect.tuning import run_arms as run_arms
     from lens_affect.tuning import tune_module as tune_module
-    from lens_affect.tuning import tuned_weights as tuned_weights
-    from lens_affect.tuning import write_adapter as write_adapter
     from lens_affect.tuning_plans import TuningPlan as TuningPlan
     from lens_affect.tuning_plans import plan_tuning as plan_tuning
     from lens_affect.vectors import EmotionVectors as EmotionVectors
@@ -213,7 +214,7 @@ _HOME = {
     "Thresholds": "regimes",
     "TokenView": "views",
     "TransferTable": "languages",
-    "Tuned": "tuning",
+    "Tuned": "tuned",
     "TuningPlan": "tuning_plans",
     "Wheels": "task_metrics",
     "agreement": "gradients",
@@ -295,6 +296,7 @@ _HOME = {
     "repetition_share": "repetition",
     "residual_norms": "steering",
     "resolve_site": "sites",
+    "run_arms": "tuning",
     "run_study": "study",
     "run_sweep": "sweeps",
     "save_figure": "style",
@@ -307,10 +309,10 @@ _HOME = {
     "text_languages": "scripts",
     "top_neurons": "neurons",
     "tune_module": "tuning",
-    "tuned_weights": "tuning",
+    "tuned_weights": "trainable",
     "valence_arousal": "axes",
     "view_tokens": "views",
-    "write_adapter": "tuning",
+    "write_adapter": "tuned",
     "write_report": "report",
     "write_stories": "stories",
 }

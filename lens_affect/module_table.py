@@ -19,7 +19,7 @@ from scipy import stats
 
 from lens_affect.results import Provenance, load_result, save_result
 from lens_affect.tasks import TaskScores
-from lens_affect.tuning import Tuned
+from lens_affect.tuned import Tuned
 
 MEASURES = ("score", "log_share")
 """`score`: the task's own; `log_share`: log of the right label's share among all labels, in nats, finer than accuracy."""
@@ -47,7 +47,9 @@ class TwoWay:
     """Groups of examples."""
 
 
-def two_way_interval(values: Float[np.ndarray, "seed example"], groups: Sequence[str], *, confidence: float = 0.95) -> TwoWay:
+def two_way_interval(
+    values: Float[np.ndarray, "seed example"], groups: Sequence[str], *, confidence: float = 0.95
+) -> TwoWay:
     """Mean with an interval that holds for new seeds and new examples.
 
     The variance of the mean is the sum of the variance of seed means over their number and of that of group means (over seeds) over theirs; degrees
@@ -65,7 +67,9 @@ def two_way_interval(values: Float[np.ndarray, "seed example"], groups: Sequence
     Source: Satterthwaite (1946, doi:10.2307/3002019); Owen (2007, doi:10.1214/07-AOAS122) for crossed random effects.
     """
     if not values.size or not np.isfinite(values).all():
-        raise ValueError(f"received {values.shape} values, of which {int((~np.isfinite(values)).sum())} are not finite; leave those runs out")
+        raise ValueError(
+            f"received {values.shape} values, of which {int((~np.isfinite(values)).sum())} are not finite; leave those runs out"
+        )
     _, member = np.unique(np.asarray(groups), return_inverse=True)
     sizes = np.bincount(member)
     means = np.stack([np.bincount(member, row) / sizes for row in values])
@@ -138,17 +142,22 @@ class ModuleTable:
         return load_result(cls, folder)
 
     def __str__(self) -> str:
-        ranked = self.arms.sort_values("score", ascending=self.metric == "nats per token")
+        ranked: Any = self.arms.sort_values("score", ascending=self.metric == "nats per token")
         kept = ", ".join(
-            f"{r.arm} {r.retention:.2f} [{r.retention_low:.2f}, {r.retention_high:.2f}]" for r in ranked.itertuples() if r.arm != self.reference
+            f"{row['arm']} {row['retention']:.2f} [{row['retention_low']:.2f}, {row['retention_high']:.2f}]"
+            for row in ranked.to_dict("records")
+            if row["arm"] != self.reference
         )
-        best = self.arms[self.arms["arm"] == self.reference]
-        whole = f"{best['score'].iloc[0]:.3f}" if len(best) else "not there"
-        detectable = self.contrasts["detectable"].median() if len(self.contrasts) else math.nan
+        best = [row["score"] for row in ranked.to_dict("records") if row["arm"] == self.reference]
+        whole = f"{best[0]:.3f}" if best else "not there"
+        seeds = ranked["n_seeds"].tolist()
+        detectable = (
+            float(np.median(self.contrasts["detectable"].to_numpy(dtype=float))) if len(self.contrasts) else math.nan
+        )
         return (
             f"{self.provenance.title} on {self.task}: {self.metric} {self.base:.3f} untuned, {whole} with {self.reference}\n"
             f"share of that gain (95 %): {kept}\n"
-            f"{self.n_examples} examples, {int(self.arms['n_seeds'].min())}-{int(self.arms['n_seeds'].max())} seeds per arm; "
+            f"{self.n_examples} examples, {min(seeds)}-{max(seeds)} seeds per arm; "
             f"minimum detectable difference between two arms {detectable:.3f} (median, power {POWER:.0%})"
         )
 
@@ -198,7 +207,9 @@ def compare_arms(
         found[label] = {}
         for run, scores in zip(several, scored, strict=True):
             if scores.provenance.stimuli_hash != base.provenance.stimuli_hash or scores.task != base.task:
-                raise ValueError(f"received {label!r}, seed {run.seed}, scored on other examples than the untuned model; score it on the same")
+                raise ValueError(
+                    f"received {label!r}, seed {run.seed}, scored on other examples than the untuned model; score it on the same"
+                )
             if not run.exploded:
                 found[label][run.seed] = sign * _values(scores, measure)
     rows = [_row(label, several, found, origin, groups, reference, sign) for label, several in runs.items()]
@@ -328,7 +339,7 @@ def learning_curves(runs: Mapping[str, Sequence[Tuned]]) -> pd.DataFrame:
         run.curve.assign(arm=label, seed=run.seed) for label, found in runs.items() for run in found if len(run.curve)
     ]
     columns = ["arm", "seed", "step", "train_loss", "validation_loss", "validation_exact"]
-    return pd.concat(several, ignore_index=True)[columns] if several else pd.DataFrame(columns=columns)
+    return pd.DataFrame(pd.concat(several, ignore_index=True)[columns]) if several else pd.DataFrame(columns=columns)
 
 
 def load_runs(folder: str | os.PathLike[str]) -> dict[str, Tuned]:
@@ -351,4 +362,3 @@ def mean_curve(curves: pd.DataFrame, column: str = "validation_loss") -> pd.Data
     """Mean over seeds by arm and step, with the lowest and highest seed: columns arm, step, mean, lowest, highest."""
     found = curves.groupby(["arm", "step"], sort=False)[column].agg(["mean", "min", "max"]).reset_index()
     return found.rename(columns={"min": "lowest", "max": "highest"})
-

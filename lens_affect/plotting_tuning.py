@@ -1,6 +1,7 @@
 """Module tables in, plotly figures out: what each arm keeps of the gain of tuning everything, and how arms learn. Intervals are always drawn."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -38,9 +39,11 @@ def plot_retention(tables: ModuleTable | Mapping[str, ModuleTable], *, title: st
     """
     several = {"": tables} if isinstance(tables, ModuleTable) else dict(tables)
     rows = [t.arms[t.arms["arm"] != t.reference].assign(group=name) for name, t in several.items()]
-    shown = pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
-    if shown.empty or shown["retention"].isna().all():
-        raise ValueError("received no arm with a retention; the reference arm must be there and must have gained for certain")
+    shown: Any = pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
+    if shown.empty or bool(shown["retention"].isna().all()):
+        raise ValueError(
+            "received no arm with a retention; the reference arm must be there and must have gained for certain"
+        )
     place = [list(shown["group"]), list(shown["arm"])] if len(several) > 1 else list(shown["arm"])
     figure = go.Figure()
     figure.add_bar(
@@ -63,12 +66,14 @@ def plot_retention(tables: ModuleTable | Mapping[str, ModuleTable], *, title: st
         figure.add_scatter(x=place, y=shown[column] / scale, mode="markers", marker=marker, name=name)
     figure.add_hline(y=1, line_dash="dot", line_color="#7F7F7F")
     first = next(iter(several.values()))
-    set_layout(figure, title or _retention_title(first), "arm", f"share of what {first.reference} gains ({first.metric})")
+    set_layout(
+        figure, title or _retention_title(first), "arm", f"share of what {first.reference} gains ({first.metric})"
+    )
     return figure
 
 
 def _retention_title(table: ModuleTable) -> str:
-    arms = table.arms[(table.arms["arm"] != table.reference) & table.arms["retention"].notna()]
+    arms: Any = table.arms[(table.arms["arm"] != table.reference) & table.arms["retention"].notna()]
     gates = arms[arms["arm"].str.startswith("gate")]
     others = arms[~arms["arm"].str.startswith("gate")].sort_values("retention")
     start = f"{table.provenance.title}: "
@@ -98,7 +103,9 @@ def plot_learning(curves: pd.DataFrame, *, column: str = "validation_loss", titl
     """
     allowed: Sequence[str] = ("validation_loss", "validation_exact", "train_loss")
     if column not in allowed or curves.empty:
-        raise ValueError(f"received column {column!r} and {len(curves)} rows; allowed are {list(allowed)} of at least one run")
+        raise ValueError(
+            f"received column {column!r} and {len(curves)} rows; allowed are {list(allowed)} of at least one run"
+        )
     table = mean_curve(curves, column).dropna()
     figure, dashes, seen = go.Figure(), ("solid", "dash", "dot"), dict[str, int]()
     for arm, part in table.groupby("arm", sort=False):
@@ -109,9 +116,9 @@ def plot_learning(curves: pd.DataFrame, *, column: str = "validation_loss", titl
         draw_band(figure, x, part["lowest"].to_numpy(), part["highest"].to_numpy(), colour, None)
         line = {"color": colour, "dash": dashes[again % len(dashes)]}
         figure.add_scatter(x=x, y=part["mean"], mode="lines+markers", line=line, name=str(arm))
-    last = table.sort_values("step").groupby("arm").last()["mean"]
+    last: Any = table.sort_values("step").groupby("arm").last()["mean"]
     best = last.idxmax() if column == "validation_exact" else last.idxmin()
-    n = int(curves.groupby("arm")["seed"].nunique().max())
+    n = max(curves.groupby("arm")["seed"].nunique().tolist())
     heading = title or f"{best} ends lowest: {np.round(last[best], 3)}; bands: lowest to highest of up to {n} seeds"
     if title is None and column == "validation_exact":
         heading = heading.replace("lowest:", "highest:", 1)

@@ -72,10 +72,14 @@ def load_wheels(path: str | os.PathLike[str] | None = None) -> Wheels:
         'anger'
     """
     if path is None:
-        return _from_json(json.loads(files("lens_affect.data").joinpath("emotion_wheels.json").read_text("utf-8")), "ours")
+        return _from_json(
+            json.loads(files("lens_affect.data").joinpath("emotion_wheels.json").read_text("utf-8")), "ours"
+        )
     place = Path(path)
     if not place.is_file():
-        raise ValueError(f"received wheels {str(path)!r}, which is no file; allowed are a JSON file or a table with label and group")
+        raise ValueError(
+            f"received wheels {str(path)!r}, which is no file; allowed are a JSON file or a table with label and group"
+        )
     if place.suffix.lower() == ".json":
         try:
             return _from_json(json.loads(place.read_text(encoding="utf-8")), place.name)
@@ -195,7 +199,9 @@ def set_scores(gold: Sequence[Answer], predicted: Sequence[Answer], *, wheels: W
 
 def _require_pairs(gold: Sequence[Any], predicted: Sequence[Any]) -> None:
     if len(gold) != len(predicted) or not len(gold):
-        raise ValueError(f"received {len(gold)} right and {len(predicted)} predicted answers; allowed are as many, at least one")
+        raise ValueError(
+            f"received {len(gold)} right and {len(predicted)} predicted answers; allowed are as many, at least one"
+        )
 
 
 def f1_by_label(
@@ -271,7 +277,9 @@ class TaskMetrics:
     def __str__(self) -> str:
         first = self.table.iloc[0]
         rest = ", ".join(f"{r.metric} {r.value:.3f}" for r in self.table.iloc[1:].itertuples())
-        return f"{self.title}: {first.metric} {first.value:.3f} [{first.low:.3f}, {first.high:.3f}], n = {first.n}\n{rest}"
+        return (
+            f"{self.title}: {first.metric} {first.value:.3f} [{first.low:.3f}, {first.high:.3f}], n = {first.n}\n{rest}"
+        )
 
 
 def measure_task(scores: TaskScores, *, wheels: Wheels | None = None, seed: int = 0) -> TaskMetrics:
@@ -292,12 +300,20 @@ def measure_task(scores: TaskScores, *, wheels: Wheels | None = None, seed: int 
             rows.append(_row("hit rate", mean_interval(cluster_means(hits, scores.groups)), scores.n))
         if scores.log_probabilities.shape[1]:
             shares = scores.gold_log_probability().double().numpy()
-            rows.append(_row("log share of the right label", mean_interval(cluster_means(shares, scores.groups)), scores.n))
+            rows.append(
+                _row("log share of the right label", mean_interval(cluster_means(shares, scores.groups)), scores.n)
+            )
     return TaskMetrics(pd.DataFrame(rows), f"{scores.provenance.title} on {scores.title}", scores.provenance)
 
 
 def _row(metric: str, found: Interval, n: int) -> dict[str, Any]:
-    return {"metric": metric, "value": float(found.estimate), "low": float(found.low), "high": float(found.high), "n": n}
+    return {
+        "metric": metric,
+        "value": float(found.estimate),
+        "low": float(found.low),
+        "high": float(found.high),
+        "n": n,
+    }
 
 
 def _weighted(f1: np.ndarray, support: np.ndarray, seen: np.ndarray) -> float:

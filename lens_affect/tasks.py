@@ -228,9 +228,7 @@ class ChoiceTask(_Base):
         if len(set(self.labels)) < 2:
             raise ValueError(f"received a task with the labels {list(self.labels)}; a choice needs at least two")
         if self.scoring not in SCORINGS:
-            raise ValueError(
-                f"received scoring={self.scoring!r}; allowed are {list(SCORINGS)}"
-            )
+            raise ValueError(f"received scoring={self.scoring!r}; allowed are {list(SCORINGS)}")
         foreign = {label for rows in self.splits.values() for e in rows for label in e.labels} - set(self.labels)
         if foreign:
             raise ValueError(
@@ -381,11 +379,15 @@ class TextTask(_Base):
         )
 
 
+def _default_judge() -> Any:
+    return load_judge()
+
+
 @dataclass(frozen=True)
 class WritingTask(_Base):
     """Write one sentence that expresses an emotion; an external judge says how probably it does."""
 
-    judge: Judge = field(default_factory=load_judge)
+    judge: Judge = field(default_factory=_default_judge)
     """It must have the emotions among its labels."""
     max_new_tokens: int = 24
     """Longest sentence in tokens; what follows a line break does not count."""
@@ -490,7 +492,7 @@ def load_task(
         case "neutral_text":
             return TextTask(key, title, False, task_data.neutral_text())
         case "writing":
-            return _writing(key, title, judge or load_judge(), max_words)
+            return _writing(key, title, judge or _default_judge(), max_words)
         case _:
             path = task_data.require_table(name, list(TASKS))
             return choose(True, task_data.table_examples(path), "Label")

@@ -9,9 +9,7 @@ import contextlib
 import logging
 import math
 import os
-import re
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +17,17 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from lens_affect.adapter import LensModel, model_info
-from lens_affect.answers import AnswerBatch, answer_loss, answer_scores, encode_rows, make_batch, require_bridge
+from lens_affect.answers import AnswerBatch, answer_loss, answer_scores, encode_rows, make_batch
 from lens_affect.arms import Arm, plan_arm
-from lens_affect.results import Provenance, Stopwatch, load_result, save_result
-from lens_affect.sizes import MODULES
-from lens_affect.statistics import derive_generator, derive_seed
+from lens_affect.results import Stopwatch
+from lens_affect.sizes import module_shapes
+from lens_affect.statistics import derive_generator
 from lens_affect.task_data import Example
 from lens_affect.tasks import Task, TaskScores
+from lens_affect.trainable import linear_maps, trainable
+from lens_affect.tuned import Tuned
 
 log = logging.getLogger(__name__)
 
@@ -39,121 +38,14 @@ RATE_FACTOR = 4.0
 RATE_STEPS = 20
 """Steps of each try."""
 MOST_TRIES = 5
-SCALE = 2.0
-"""alpha / r of LoRA at every rank, as AffectGPT has it (r 16, alpha 32; arXiv:2501.16566)."""
 WARM_UP = 0.1
 """Share of the steps in which the rate rises; it falls to 0 along a line after that."""
 EXPLODED = 3.0
 """A training loss above this many times the first one, in nats plus one, counts as exploded."""
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """One arm: what was trained, how it went, and what the model reached before and after."""
-
-    arm: Arm
-    """The maps, their ranks and the number of trained weights."""
-    task: str
-    """Name of the task that was learned."""
-    seed: int
-    """Of the weights' start, of the batches, and of random maps."""
-    rate: float
-    """Highest learning rate."""
-    steps: int
-    """Steps that were planned."""
-    best_step: int
-    """Step whose weights were kept: the lowest validation loss; 0 is the untuned model."""
-    exploded: bool
-    """Whether the loss exploded; the scores after are NaN then."""
-    note: str
-    """How it ended, in words."""
-    curve: pd.DataFrame
-    """Columns step, train_loss (mean since the last row), validation_loss, validation_exact (share of answers whose every token is likeliest)."""
-    before: TaskScores
-    """Of the untuned model."""
-    after: TaskScores
-    """Of the tuned one, on the same examples."""
-    trained: dict[str, Tensor]
-    """LoRA factors (`... .lora_A.weight`, `... .lora_B.weight`) or whole weights, under Hugging Face's names."""
-    seconds: float
-    """Wall-clock time of training, validation included, without the choice of the rate and the scoring."""
-    cpu_seconds: float
-    """Processor time of the same: what it cost where other jobs share the machine."""
-    peak_megabytes: float
-    """Highest resident memory of the process while training; NaN where the system does not say."""
-    provenance: Provenance
-    """Of the model and this step."""
-
-    @property
-    def gain(self) -> float:
-        """Score after minus score before, in the task's better direction."""
-        sign = 1.0 if self.after.better == "high" else -1.0
-        return sign * (self.after.value - self.before.value)
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row: the arm, its size and cost, and its scores."""
-        row = {
-            "task": self.task,
-            "arm": self.arm.name,
-            "method": self.arm.method,
-            "seed": self.seed,
-            "n_parameters": self.arm.n_parameters,
-            "n_wanted": self.arm.n_wanted,
-            "rate": self.rate,
-            "steps": self.steps,
-            "best_step": self.best_step,
-            "metric": self.after.metric,
-            "before": self.before.value,
-            "after": self.after.value,
-            "n": self.before.n,
-            "seconds": self.seconds,
-            "cpu_seconds": self.cpu_seconds,
-            "peak_megabytes": self.peak_megabytes,
-            "exploded": self.exploded,
-        }
-        return pd.DataFrame([row])
-
-    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Save as a folder; see results.save_result."""
-        return save_result(self, folder, overwrite=overwrite)
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> "Tuned":
-        """Load what `save` wrote."""
-        return load_result(cls, folder)
-
-    def __str__(self) -> str:
-        after = self.after.interval()
-        return (
-            f"{self.arm}; seed {self.seed}, rate {self.rate:g}, best step {self.best_step} of {self.steps} ({self.note})\n"
-            f"{self.after.title}: {self.after.metric} {self.before.value:.3f} before, {self.after.value:.3f} "
-            f"[{float(after.low):.3f}, {float(after.high):.3f}] after, n = {self.before.n}; {self.cpu_seconds:.0f} s of processor time"
-        )
-
-
-def linear_maps(model: Any) -> dict[str, tuple[str, torch.nn.Linear]]:
-    """Linear maps of a bridge by place (`layers.3.gate`): Hugging Face's name of the map, and the map itself.
-
-    Raises:
-        ValueError: a model whose maps have other names (GPT-2, Phi-3 with its fused maps, mixtures of experts).
-    """
-    require_bridge(model, "tuning")
-    found = {}
-    for name, part in model.original_model.named_modules():
-        plain = name.replace("._original_component", "")
-        place = re.search(r"layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj$", plain)
-        if isinstance(part, torch.nn.Linear) and place and place[2] in MODULES:
-            found[f"layers.{place[1]}.{place[2]}"] = (plain, part)
-    if not found:
-        raise ValueError(
-            f"received {type(model.original_model).__name__}, which has no linear maps named q_proj to down_proj; allowed are models of the "
-            "Llama, Qwen, Mistral and Gemma types"
-        )
-    return found
-
-
 def tune_module(
-    model: LensModel,
+    model: Any,
     task: Task,
     *,
     modules: str | Sequence[str],
@@ -211,7 +103,7 @@ def tune_module(
     data = _read_data(model, task, seed, steps, batch_size, max_tokens, n_validation)
     if rate is None:
         rate = _best_rate(model, arm, data, seed)
-    with _trainable(model, arm, seed) as parameters:
+    with trainable(model, arm, seed) as parameters:
         cost = _Cost()
         run = _train(model, parameters, data, rate, check_every, patience, progress)
         spent = cost.spent()
@@ -243,7 +135,7 @@ def tune_module(
 
 
 def choose_rate(
-    model: LensModel,
+    model: Any,
     task: Task,
     *,
     modules: str | Sequence[str],
@@ -280,6 +172,124 @@ def choose_rate(
     arm = _plan(model, modules, method, rank, n_parameters, layers, seed)
     data = _read_data(model, task, seed, RATE_STEPS, batch_size, max_tokens, n_validation)
     return _best_rate(model, arm, data, seed, first)
+
+
+def run_arms(
+    model: Any,
+    task: Task,
+    *,
+    modules: Sequence[str],
+    seeds: Sequence[int] = (0, 1, 2),
+    method: str = "lora",
+    rank: int = 4,
+    equal_size: bool = False,
+    steps: int = 100,
+    n_test: int | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    report: Callable[[str], Any] | None = None,
+) -> dict[str, list[Tuned]]:
+    """Tune several arms with several seeds, seed by seed, so that what is there when it is interrupted is a balanced comparison.
+
+    Args:
+        model: a bridge in float32.
+        task: what is learned and scored.
+        modules: one arm each, as in `tune_module`.
+        seeds: one run of each arm per seed. The learning rate is chosen with the first one.
+        method: `lora` or `full`.
+        rank: of LoRA.
+        equal_size: every arm but `all` trains as many weights as the gate does at this rank (up, in a model without a gate).
+        steps: of training.
+        n_test: test examples, drawn at random; all by default.
+        folder: where runs are kept, one folder each; finished ones are read instead of run again.
+        report: `report(name)` gives a context manager for one run; what it yields is called with (steps done, steps).
+
+    Returns:
+        Runs by arm, in the order of the seeds: what `compare_arms` takes.
+
+    Raises:
+        ValueError: as `tune_module`; or a folder that holds runs of another model, task or size.
+    """
+    if not modules or not seeds:
+        raise ValueError(f"received modules={list(modules)} and seeds={list(seeds)}; allowed is at least one of each")
+    config, place = model.original_model.config, Path(folder) if folder is not None else None
+    kinds = {name: arm_size(config, name, method, rank, equal_size) for name in modules}
+    for name, kind in kinds.items():
+        _plan(model, name, method, kind.get("rank"), kind.get("n_parameters"), None, seeds[0])  # wrong names end here
+    test = task.examples("test") if n_test is None else task.examples("test", n=n_test)
+    before: TaskScores | None = None
+    rates: dict[str, float] = {}
+    found: dict[str, list[Tuned]] = {name: [] for name in modules}
+    for seed in seeds:
+        for name, kind in kinds.items():
+            saved = place / f"{name}-seed{seed}" / "tuned" if place is not None else None
+            if saved is not None and (saved / "manifest.json").is_file():
+                done = _require_same(Tuned.load(saved), model, task, name, steps, len(test), kind, seed, method)
+            else:
+                before = before or task.score(model, test)
+                with (report or _silent)(f"{name}, seed {seed}") as progress:
+                    done = tune_module(
+                        *(model, task),
+                        modules=name,
+                        method=method,
+                        steps=steps,
+                        seed=seed,
+                        rate=rates.get(name),
+                        test=test,
+                        before=before,
+                        progress=progress,
+                        **kind,
+                    )
+                if saved is not None:
+                    done.save(saved)
+            before = before or done.before
+            rates.setdefault(name, done.rate)
+            found[name].append(done)
+    return found
+
+
+def arm_size(config: Any, name: str, method: str, rank: int, equal_size: bool) -> dict[str, Any]:
+    """Rank or size of an arm as `plan_arm` takes it.
+
+    Args:
+        config: of the model.
+        name: of the arm.
+        method: `lora` or `full`.
+        rank: of LoRA.
+        equal_size: as many weights as the gate at this rank; `all`, `none` and `random` keep the rank.
+    """
+    if method == "full":
+        return {}
+    if not equal_size or name in ("all", "none", "random"):
+        return {"rank": rank}
+    like = "gate" if "gate" in module_shapes(config) else "up"
+    return {"n_parameters": plan_arm(config, like, rank=rank).n_parameters}
+
+
+def _require_same(
+    done: Tuned,
+    model: Any,
+    task: Task,
+    name: str,
+    steps: int,
+    n_test: int,
+    kind: Mapping[str, Any],
+    seed: int,
+    method: str,
+) -> Tuned:
+    arm = _plan(model, name, method, kind.get("rank"), kind.get("n_parameters"), None, seed)
+    there = (done.provenance.weights_sha256, done.task, done.arm.n_parameters, done.arm.method, done.before.n)
+    here = (model_info(model).provenance.weights_sha256, task.name, arm.n_parameters, method, n_test)
+    if there != here or done.steps not in (0, steps):
+        raise ValueError(
+            f"received a folder with the run {name}, seed {seed}, of {done.provenance.title} on {done.task} ({done.arm.n_parameters} weights, "
+            f"{done.steps} steps, {done.before.n} test rows), which is not what is asked for: choose another folder"
+        )
+    return done
+
+
+@contextlib.contextmanager
+def _silent(name: str) -> Iterator[None]:
+    yield None
 
 
 def _plan(
@@ -418,7 +428,7 @@ def _train(
         for value, kept in zip(values, best, strict=True):
             value.copy_(kept)
     curve = pd.DataFrame(rows)
-    return _Run(curve, best_step, math.inf if exploded else float(curve["validation_loss"].min()), exploded, note)
+    return _Run(curve, best_step, math.inf if exploded else min(r["validation_loss"] for r in rows), exploded, note)
 
 
 def _look(model: Any, data: _Data, step: int, train_loss: float) -> dict[str, Any]:
@@ -438,7 +448,7 @@ def _best_rate(model: Any, arm: Arm, data: _Data, seed: int, first: float | None
 
     def loss_at(rate: float) -> float:
         if rate not in reached:
-            with _trainable(model, arm, seed) as parameters:
+            with trainable(model, arm, seed) as parameters:
                 reached[rate] = _train(model, parameters, data, rate, len(data.batches), 1).best_loss
         return reached[rate]
 
@@ -447,7 +457,7 @@ def _best_rate(model: Any, arm: Arm, data: _Data, seed: int, first: float | None
     for factor in (RATE_FACTOR, 1 / RATE_FACTOR):
         moved = False
         while len(reached) < MOST_TRIES and (
-            loss_at(best * factor) < reached[best] or not math.isfinite(reached[best]) and factor < 1
+            loss_at(best * factor) < reached[best] or (not math.isfinite(reached[best]) and factor < 1)
         ):
             best, moved = best * factor, True
         if moved:
@@ -510,169 +520,3 @@ class _Cost:
                 (float(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM")), peak
             )
         return time.monotonic() - self._wall, time.process_time() - self._cpu, peak
-
-
-# What learns, and how the model gets back
-
-
-@contextlib.contextmanager
-def _trainable(model: Any, arm: Arm, seed: int) -> Iterator[dict[str, torch.nn.Parameter]]:
-    """Only the arm's parameters learn inside; afterwards, also after an exception, the model is as it was."""
-    flags = {name: p.requires_grad for name, p in model.original_model.named_parameters()}
-    for parameter in model.original_model.parameters():
-        parameter.requires_grad_(False)
-    try:
-        with (_lora if arm.method == "lora" else _whole)(model, arm, seed) as parameters:
-            yield parameters
-    finally:
-        for name, parameter in model.original_model.named_parameters():
-            parameter.requires_grad_(flags[name])
-            parameter.grad = None
-
-
-@contextlib.contextmanager
-def _lora(model: Any, arm: Arm, seed: int) -> Iterator[dict[str, torch.nn.Parameter]]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft asks transformers by a name that is about to change
-        from peft import LoraConfig, get_peft_model
-
-        maps = linear_maps(model)
-        inner = {id(part): name for name, part in model.original_model.named_modules()}
-        ranks = {inner[id(maps[place][1])]: rank for place, rank in arm.ranks.items()}
-        # A bridge's wrappers answer for what they hold, so peft's own unload would take them out too.
-        parents = [(model.original_model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in ranks]
-        kept = [(parent, name, parent._modules[name]) for parent, name in parents]
-        config = LoraConfig(
-            target_modules=list(ranks),
-            rank_pattern={re.escape(name): rank for name, rank in ranks.items()},
-            alpha_pattern={re.escape(name): SCALE * rank for name, rank in ranks.items()},
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "LoRA"))
-            get_peft_model(model.original_model, config)
-    try:
-        parameters = {}
-        for name, parameter in model.original_model.named_parameters():
-            if ".lora_" in name:
-                plain = name.replace("._original_component", "").replace(".default", "")
-                parameters[plain] = parameter.requires_grad_(True)
-        trained = sum(parameter.numel() for parameter in parameters.values())
-        if trained != arm.n_parameters:
-            raise RuntimeError(
-                f"peft trains {trained} weights and the plan was {arm.n_parameters}; report this with the versions"
-            )
-        yield parameters
-    finally:
-        for parent, name, original in kept:
-            parent._modules[name] = original
-        # peft notes on the model that it was there
-        for left in ("peft_config", "_hf_peft_config_loaded"):
-            if left in model.original_model.__dict__:
-                delattr(model.original_model, left)
-
-
-@contextlib.contextmanager
-def _whole(model: Any, arm: Arm, seed: int) -> Iterator[dict[str, torch.nn.Parameter]]:
-    maps = linear_maps(model)
-    parameters = {f"{maps[place][0]}.weight": maps[place][1].weight for place in arm.ranks}
-    kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    try:
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        yield parameters
-    finally:
-        _copy_back(parameters, kept)
-
-
-@torch.no_grad()
-def _copy_back(parameters: Mapping[str, torch.nn.Parameter], kept: Mapping[str, Tensor]) -> None:
-    for name, value in kept.items():
-        parameters[name].copy_(value)
-
-
-@contextlib.contextmanager
-def tuned_weights(model: LensModel, tuned: Tuned) -> Iterator[LensModel]:
-    """The model with an arm's weights in place; afterwards, also after an exception, bit for bit as before.
-
-    Args:
-        model: the bridge that was tuned.
-        tuned: the arm.
-
-    Raises:
-        ValueError: an arm of another model.
-    """
-    if tuned.provenance.weights_sha256 != model_info(model).provenance.weights_sha256:
-        raise ValueError(
-            f"received an arm of {tuned.provenance.title} for {model_info(model).provenance.title} (weights differ); load the model it was "
-            "tuned from"
-        )
-    maps = linear_maps(model)
-    kept = {place: maps[place][1].weight.detach().clone() for place in tuned.arm.ranks}
-    try:
-        with torch.no_grad():
-            for place, change in weight_changes(tuned).items():
-                weight = maps[place][1].weight
-                weight.add_(change) if tuned.arm.method == "lora" else weight.copy_(change)
-        yield model
-    finally:
-        with torch.no_grad():
-            for place, value in kept.items():
-                maps[place][1].weight.copy_(value)
-
-
-def weight_changes(tuned: Tuned) -> dict[str, Tensor]:
-    """By place (`layers.3.gate`): what LoRA adds, (alpha / r) B A; or in full tuning the new weight itself."""
-    found = {}
-    for name, value in tuned.trained.items():
-        parts = re.search(r"layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj\.(.+)$", name)
-        if parts is None:
-            raise ValueError(
-                f"received a trained tensor {name!r}, which is no linear map of a block; tune the arm again"
-            )
-        place = f"layers.{parts[1]}.{parts[2]}"
-        if parts[3] == "weight":
-            found[place] = value
-        elif parts[3] == "lora_B.weight":
-            found[place] = SCALE * value @ tuned.trained[name.replace("lora_B", "lora_A")]
-    return found
-
-
-def write_adapter(tuned: Tuned, folder: str | os.PathLike[str], *, base: str | None = None) -> Path:
-    """Write an arm for other tools: a LoRA adapter in peft's format, or the trained tensors as `model.safetensors`.
-
-    Args:
-        tuned: the arm.
-        folder: where to; it must not be there.
-        base: name or folder of the base model that peft should load; by default where the model came from.
-
-    Raises:
-        FileExistsError: the folder is there already.
-        ValueError: an arm that trained nothing.
-    """
-    from safetensors.torch import save_file
-
-    if not tuned.trained:
-        raise ValueError(f"received the arm {tuned.arm.name!r}, which trained nothing; there is no adapter to write")
-    place = Path(folder)
-    place.mkdir(parents=True)
-    if tuned.arm.method == "full":
-        save_file(dict(tuned.trained), place / "model.safetensors", metadata={"format": "pt"})
-        return place
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from peft import LoraConfig
-
-        names = [name.removesuffix(".lora_A.weight") for name in tuned.trained if name.endswith(".lora_A.weight")]
-        ranks = {name: tuned.trained[f"{name}.lora_A.weight"].shape[0] for name in names}
-        config = LoraConfig(
-            target_modules=names,
-            rank_pattern=ranks,
-            alpha_pattern={name: SCALE * rank for name, rank in ranks.items()},
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=base or tuned.provenance.source,
-            inference_mode=True,
-        )
-        config.save_pretrained(str(place))
-    tensors = {f"base_model.model.{name}": value.contiguous() for name, value in tuned.trained.items()}
-    save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
-    return place

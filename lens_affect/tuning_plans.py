@@ -1,19 +1,22 @@
 """What tuning an arm will take, in memory and time, from a config alone: no weight is read.
 
-Time comes from the number of multiplications and the speed of one large product on this machine (under a second); a real run was between once and
-three times as long as planned where other jobs shared the processor.
+Time comes from the number of multiplications and the speed of one large product on this machine (under a second). Nothing but products is counted,
+and other jobs on the processor are not known to it.
 """
 
 import functools
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
 from lens_affect.arms import Arm, plan_arm
+from lens_affect.catalogue import CATALOGUE, FetchError, fetch
 from lens_affect.sizes import count_layers, module_shapes, read_config
 
 TOKENS_PER_ROW = 16
@@ -126,6 +129,34 @@ def plan_tuning(
     )
 
 
+def locate_config(name_or_path: str | os.PathLike[str]) -> Any:
+    """A model's config without its weights: of a folder, a hub model (its config alone is fetched), or a catalogue model (fetched as a whole).
+
+    Args:
+        name_or_path: catalogue name, hub id or folder.
+
+    Raises:
+        ValueError: a folder without a config.
+        FetchError: neither is reached.
+    """
+    path = Path(name_or_path)
+    entry = CATALOGUE.get(str(name_or_path))
+    if path.is_dir() or path.suffix == ".json":
+        return read_config(path)
+    if entry is not None and entry.source != "hub":
+        return read_config(fetch(entry))
+    from transformers import AutoConfig
+
+    name = str(entry.hub_id) if entry is not None else str(name_or_path)
+    try:
+        return read_config(AutoConfig.from_pretrained(name))
+    except (OSError, ValueError) as error:
+        raise FetchError(
+            f"could not fetch the config of {name} ({str(error).splitlines()[0]}). Check the name and the network, or pass a folder with a "
+            "config.json"
+        ) from error
+
+
 @functools.cache
 def machine_speed() -> float:
     """Float32 operations per second of one product of the size that a small model makes (best of five)."""
@@ -139,4 +170,10 @@ def machine_speed() -> float:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

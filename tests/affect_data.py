@@ -32,7 +32,9 @@ def write_meld(root: Path) -> Path:
     for split in ("train", "dev", "test"):
         rows = ["Sr No.,Utterance,Speaker,Emotion,Sentiment,Dialogue_ID,Utterance_ID"]
         rows += [f'{i},"Oh my {split} {i}",Ross,{e},{s},{i // 2},{i % 2}' for i, (e, s) in enumerate(TALK)]
-        (place / f"{split}_sent_emo.csv").write_bytes("\n".join(rows).encode() + b'\n9,"It\x92s late",Ross,neutral,neutral,3,0\n')
+        (place / f"{split}_sent_emo.csv").write_bytes(
+            "\n".join(rows).encode() + b'\n9,"It\x92s late",Ross,neutral,neutral,3,0\n'
+        )
     return root
 
 

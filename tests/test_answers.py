@@ -14,7 +14,11 @@ from lens_affect.answers import (
     text_losses,
 )
 
-PROMPTS = ["She laughed.\nEmotion:", "The last train had left without him, and it was raining.\nEmotion:", "No!\nEmotion:"]
+PROMPTS = [
+    "She laughed.\nEmotion:",
+    "The last train had left without him, and it was raining.\nEmotion:",
+    "No!\nEmotion:",
+]
 ANSWERS = [" joy", " sadness and more", " fear", " anger of the third kind"]
 
 

@@ -27,15 +27,23 @@ def cost(config, arm):
 
 
 def test_published_sizes_of_the_issue():
-    assert plan_arm(SMOLLM2, "gate", rank=20).n_parameters == plan_arm(SMOLLM2, "attention", rank=11).n_parameters == 42240 * 30
-    assert {plan_arm(SMOLLM2, m, method="full").n_parameters for m in ("gate", "up", "down", "attention")} == {884736 * 30}
+    assert (
+        plan_arm(SMOLLM2, "gate", rank=20).n_parameters
+        == plan_arm(SMOLLM2, "attention", rank=11).n_parameters
+        == 42240 * 30
+    )
+    assert {plan_arm(SMOLLM2, m, method="full").n_parameters for m in ("gate", "up", "down", "attention")} == {
+        884736 * 30
+    }
     share = plan_arm(SMOLLM2, "gate", rank=4).n_parameters / plan_arm(SMOLLM2, "all", rank=4).n_parameters
     assert share == pytest.approx(0.208, abs=5e-4)
     assert plan_arm(QWEN7B, "all", rank=16).n_parameters == 40370176
     assert plan_arm(QWEN7B, "gate", rank=16).n_parameters == 10092544
 
 
-@pytest.mark.parametrize("modules", ["q", "k", "o", "gate", "down", "attention", "mlp", "all", "random", ("gate", "down")])
+@pytest.mark.parametrize(
+    "modules", ["q", "k", "o", "gate", "down", "attention", "mlp", "all", "random", ("gate", "down")]
+)
 @pytest.mark.parametrize("config", [SMOLLM2, QWEN7B], ids=["smollm2", "qwen7b"])
 @pytest.mark.parametrize("rank", [1, 4, 16])
 def test_equal_size_is_met_within_one_percent(config, modules, rank):

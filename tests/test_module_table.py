@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from lens_affect.module_table import ModuleTable, compare_arms, learning_curves, load_runs, mean_curve, two_way_interval
-from tests.tuned import campaign, run, scores
+from tests.planted_runs import campaign, run, scores
 
 ARMS = {"all": (0.6, 400), "gate": (0.52, 100), "up": (0.52, 100), "attention": (0.4, 180)}
 
@@ -70,9 +70,7 @@ def test_with_one_seed_it_is_the_t_interval_over_examples():
 def test_the_detectable_difference_is_detected_at_its_power():
     rng = np.random.default_rng(2)
     size = two_way_interval(rng.normal(size=(1, 100)), list(map(str, range(100)))).detectable
-    seen = sum(
-        two_way_interval(rng.normal(size, 1, (1, 100)), list(map(str, range(100)))).low > 0 for _ in range(300)
-    )
+    seen = sum(two_way_interval(rng.normal(size, 1, (1, 100)), list(map(str, range(100)))).low > 0 for _ in range(300))
     assert 0.65 <= seen / 300 <= 0.92
 
 
@@ -94,7 +92,10 @@ def test_a_loss_is_turned_so_that_gains_are_positive():
     rng = np.random.default_rng(0)
     before = scores(rng.normal(5, 0.2, 50), better="low")
     runs = {
-        "all": [run("all", s, before, scores(before.values.numpy() - 1 + rng.normal(0, 0.01, 50), better="low")) for s in (0, 1)],
+        "all": [
+            run("all", s, before, scores(before.values.numpy() - 1 + rng.normal(0, 0.01, 50), better="low"))
+            for s in (0, 1)
+        ],
         "gate": [run("gate", s, before, scores(before.values.numpy() - 0.5, better="low")) for s in (0, 1)],
     }
     found = compare_arms(runs, reference="all")
@@ -119,7 +120,10 @@ def test_the_log_share_is_a_measure_of_its_own():
 def test_scores_on_another_task_with_the_same_weights():
     runs = campaign({"all": (0.6, 400), "gate": (0.5, 100)})
     before = scores(np.full(20, 3.0) + np.arange(20) / 100, better="low", task="text")
-    after = {label: [scores(before.values.numpy() + 0.2, better="low", task="text") for _ in found] for label, found in runs.items()}
+    after = {
+        label: [scores(before.values.numpy() + 0.2, better="low", task="text") for _ in found]
+        for label, found in runs.items()
+    }
     table = compare_arms(runs, reference="all", after=after, before=before)
     assert table.to_frame()["gain"].tolist() == pytest.approx([-0.2, -0.2], abs=1e-6)
     assert table.to_frame()["retention"].isna().all()  # tuning everything gained nothing here

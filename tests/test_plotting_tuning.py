@@ -4,7 +4,7 @@ import pytest
 
 from lens_affect.module_table import compare_arms, learning_curves
 from lens_affect.plotting_tuning import ARM_COLOURS, plot_learning, plot_retention
-from tests.tuned import campaign
+from tests.planted_runs import campaign
 
 ARMS = {"all": (0.6, 400), "gate, rank 4": (0.45, 100), "up, rank 4": (0.55, 100)}
 

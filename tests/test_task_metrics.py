@@ -15,9 +15,9 @@ from lens_affect.task_metrics import (
     hit_rate,
     load_wheels,
     macro_f1,
+    measure_task,
     sentiment_f1,
     set_scores,
-    measure_task,
     weighted_f1,
 )
 from lens_affect.tasks import TaskScores
@@ -64,7 +64,10 @@ def test_the_card_counts_what_the_file_holds():
     card = files("lens_affect.data").joinpath("emotion_wheels.md").read_text("utf-8")
     wheels = load_wheels()
     n = len(wheels.groups["ekman"])
-    assert f"{n} labels, {len(wheels.synonyms)} synonyms, {len(wheels.forms)} word forms, {len(wheels.groups)} wheels" in card
+    assert (
+        f"{n} labels, {len(wheels.synonyms)} synonyms, {len(wheels.forms)} word forms, {len(wheels.groups)} wheels"
+        in card
+    )
 
 
 def test_a_word_goes_through_form_synonym_and_wheel():
@@ -78,7 +81,9 @@ def test_a_word_goes_through_form_synonym_and_wheel():
 
 def test_hit_rate_of_hand_computed_wheels(tmp_path):
     (tmp_path / "w.json").write_text(
-        json.dumps({"wheels": {"coarse": {"bad": ["anger", "fear"], "good": ["joy"]}, "fine": {"a": ["anger"], "f": ["fear"]}}})
+        json.dumps(
+            {"wheels": {"coarse": {"bad": ["anger", "fear"], "good": ["joy"]}, "fine": {"a": ["anger"], "f": ["fear"]}}}
+        )
     )
     wheels = load_wheels(tmp_path / "w.json")
     found = hit_rate(["anger", "anger", "joy", "joy"], [["fear"], ["joy", "anger"], [], "joy"], wheels=wheels)
@@ -139,7 +144,9 @@ def test_metrics_of_scores_have_intervals_that_hold_the_value():
     gold = rng.choice(LABELS, 120).tolist()
     predicted = [g if rng.random() < 0.7 else str(rng.choice(LABELS)) for g in gold]
     logits = torch.randn(120, 4, generator=torch.Generator().manual_seed(0))
-    found = measure_task(scores_of(gold, predicted, groups=[f"g{i // 4}" for i in range(120)], log_probabilities=logits))
+    found = measure_task(
+        scores_of(gold, predicted, groups=[f"g{i // 4}" for i in range(120)], log_probabilities=logits)
+    )
     table = found.to_frame().set_index("metric")
     assert list(table.index) == ["accuracy", "weighted F1", "macro F1", "hit rate", "log share of the right label"]
     assert ((table["low"] < table["value"]) & (table["value"] < table["high"])).all()

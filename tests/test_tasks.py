@@ -160,4 +160,6 @@ def test_tables_and_unknown_names(tmp_path):
     with pytest.raises(ValueError, match="received task 'goemotion'"):
         load_task("goemotion")
     with pytest.raises(ValueError, match="examples with the labels \\['c'\\]"):
-        ChoiceTask("t", "t", True, {"train": (), "validation": (), "test": (Example("x", ("c",), "g"),)}, ("a", "b"), "Q")
+        ChoiceTask(
+            "t", "t", True, {"train": (), "validation": (), "test": (Example("x", ("c",), "g"),)}, ("a", "b"), "Q"
+        )

@@ -10,7 +10,15 @@ from lens_affect.adapter import model_info, update_provenance
 from lens_affect.models import load_model
 from lens_affect.task_data import Example
 from lens_affect.tasks import ChoiceTask
-from lens_affect.tuning import Tuned, choose_rate, linear_maps, tune_module, tuned_weights, weight_changes, write_adapter
+from lens_affect.tuning import (
+    Tuned,
+    choose_rate,
+    linear_maps,
+    tune_module,
+    tuned_weights,
+    weight_changes,
+    write_adapter,
+)
 from tests.tiny import make_hf_model, make_tokenizer
 
 WORDS = {"joy": ("sun", "cake", "song", "gift"), "anger": ("theft", "insult", "lie", "shove")}
@@ -94,7 +102,9 @@ def test_a_planted_rule_is_learned(model, unchanged):
 
 
 def test_the_same_seed_gives_the_same_weights(model, unchanged):
-    first, again, other = (tune_module(model, TASK, modules="random", rank=2, rate=3e-3, seed=s, **QUICK) for s in (0, 0, 1))
+    first, again, other = (
+        tune_module(model, TASK, modules="random", rank=2, rate=3e-3, seed=s, **QUICK) for s in (0, 0, 1)
+    )
     assert first.trained.keys() == again.trained.keys()
     assert all(torch.equal(first.trained[name], again.trained[name]) for name in first.trained)
     assert set(first.arm.ranks) != set(other.arm.ranks)
@@ -160,7 +170,9 @@ def test_training_stops_early_and_keeps_the_best_weights(model, unchanged, monke
         return {"step": step, "train_loss": train_loss, "validation_loss": next(losses), "validation_exact": 0.0}
 
     monkeypatch.setattr(tuning, "_look", look)
-    done = tune_module(model, TASK, modules="gate", rank=1, rate=3e-3, steps=12, check_every=2, patience=2, batch_size=4)
+    done = tune_module(
+        model, TASK, modules="gate", rank=1, rate=3e-3, steps=12, check_every=2, patience=2, batch_size=4
+    )
     assert seen == [0, 2, 4, 6]
     assert done.best_step == 2
     assert "no better validation loss since step 2" in done.note

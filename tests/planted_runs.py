@@ -7,7 +7,7 @@ import torch
 from lens_affect.arms import Arm
 from lens_affect.results import Provenance
 from lens_affect.tasks import TaskScores
-from lens_affect.tuning import Tuned
+from lens_affect.tuned import Tuned
 
 MODEL = Provenance(model="planted", stimuli_hash="same")
 
