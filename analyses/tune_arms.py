@@ -6,9 +6,9 @@ Each arm is a folder below LENS_AFFECT_RUNS/tuning: `tuned` (scores of every exa
 `adapter` (peft's format) and `controls` (other tasks scored with the same weights). A finished arm is skipped. Arms come in blocks, and within a
 block seed by seed, so that what is there at any time is a balanced comparison. 05_modules.py reads them.
 
-Blocks: equal rank and equal size (SmolLM2-135M-Instruct, GoEmotions, 27 labels, LoRA rank 4 against the gate's number of weights); controls
-(shuffled labels; topics of our passages); the same with a higher rank; writing; whole weights. Name blocks to run only these. Learning rates are
-chosen once per kind of arm (seed 0) and kept in rates.json.
+Blocks: `equal`, equal rank and equal size (SmolLM2-135M-Instruct, GoEmotions, 27 labels, LoRA rank 4 against the gate's number of weights at rank
+4); `topics` of our passages and `shuffled` labels, controls; `writing`; `rank1`, as `equal` with rank 1; `full`, whole weights. Name blocks to run
+only these. Learning rates are chosen once per kind of arm (seed 0) and kept in rates.json.
 """
 
 import argparse
@@ -63,20 +63,21 @@ class Job:
 
 def campaign() -> list[Job]:
     """All arms in order. The gate, up and down have equal shapes: at equal rank they are of equal size too."""
-    jobs = []
-    for seed in range(3):
-        jobs += [Job("equal", m, seed) for m in ("gate", "up", "attention", "down", "all")]
-        jobs += [Job("equal", m, seed, "size") for m in ("attention", "random")]
-    for seed in range(2):
-        jobs += [Job("topics", m, seed, task="topics") for m in ("gate", "up", "attention")]
-        jobs += [Job("shuffled", m, seed, task="goemotions_shuffled") for m in ("gate", "up", "attention")]
+
+    def equal(seed: int, rank: int, block: str) -> list[Job]:
+        jobs = [Job(block, m, seed, rank=rank) for m in ("gate", "up", "attention", "down", "all")]
+        return jobs + [Job(block, m, seed, "size", rank=rank) for m in ("attention", "random")]
+
+    def controls(seed: int) -> list[Job]:
+        tasks = {"topics": "topics", "shuffled": "goemotions_shuffled"}
+        return [Job(block, m, seed, task=task) for m in ("gate", "up", "attention") for block, task in tasks.items()]
+
+    jobs = [*equal(0, RANK, "equal"), *equal(1, RANK, "equal"), *controls(0), *equal(2, RANK, "equal"), *controls(1)]
     for seed in range(2):
         jobs += [Job("writing", m, seed, task="writing") for m in ("gate", "up", "attention", "all")]
     for seed in range(3):
-        jobs += [Job("rank1", m, seed, rank=1) for m in ("gate", "up", "attention", "down", "all")]
-        jobs += [Job("size_of_rank1", m, seed, "size", rank=1) for m in ("attention", "random")]
-    jobs += [Job("full", m, 0, method="full") for m in ("gate", "up", "attention")]
-    return jobs
+        jobs += equal(seed, 1, "rank1")
+    return jobs + [Job("full", m, 0, method="full") for m in ("gate", "up", "attention")]
 
 
 def options(job: Job, model: Any) -> dict[str, Any]:
@@ -102,15 +103,17 @@ def task_of(name: str) -> Any:
 def test_of(name: str) -> Any:
     """Examples that arms are scored on."""
     task = task_of(name)
-    return task.examples("test", n=min(N_TEST, len(task.examples("test"))))
+    most = N_TEST // 4 if name == "goemotions_shuffled" else N_TEST  # a control that should be at chance
+    return task.examples("test", n=min(most, len(task.examples("test"))))
 
 
-CONTROLS = {"neutral_text": {}, "arithmetic": {}, "writing": {}}
+CONTROLS = ("neutral_text", "arithmetic", "writing")
 
 
 def control_scores(model: Any, folder: Path, tuned_on: str) -> None:
     """Score the other tasks with the weights that the model has now."""
-    for name in (*CONTROLS, *(["goemotions"] if tuned_on == "writing" else [])):
+    affective = {"goemotions": ("writing",), "writing": ("goemotions",)}.get(tuned_on, ())
+    for name in ("neutral_text", "arithmetic", *affective):
         if not (folder / name / "manifest.json").is_file() and name != tuned_on:
             task_of(name).score(model, test_of(name), seed=0).save(folder / name)
 

@@ -81,7 +81,7 @@ def _retention_title(table: ModuleTable) -> str:
         best = arms.sort_values("retention").iloc[-1]
         return f"{start}{best['arm']} keeps most of the gain ({best['retention']:.2f})"
     gate, other = gates.iloc[0], others.iloc[-1]
-    pair = table.contrast(gate["arm"], other["arm"])
+    pair: Any = table.contrast(gate["arm"], other["arm"])
     seen = "no difference was seen" if pair["low"] <= 0 <= pair["high"] else "the difference is beyond chance"
     return (
         f"{start}{gate['arm']} keeps {gate['retention']:.2f} of the gain, {other['arm']} {other['retention']:.2f}; {seen}"

@@ -86,8 +86,7 @@ class TaskScores:
         Raises:
             ValueError: a task without label likelihoods.
         """
-        if not self.log_probabilities.shape[1]:
-            raise ValueError(f"received scores of {self.task} by {self.scoring}; allowed are label likelihoods")
+        self._require_labels()
         shares = self.log_probabilities.log_softmax(-1)
         prior = shares.logsumexp(0) - np.log(len(shares))
         return dataclasses.replace(
@@ -95,10 +94,19 @@ class TaskScores:
         )
 
     def gold_log_probability(self) -> Float[Tensor, " example"]:
-        """Log of the right labels' share among all labels, in nats: a finer measure than accuracy."""
+        """Log of the right labels' share among all labels, in nats: a finer measure than accuracy.
+
+        Raises:
+            ValueError: a task without label likelihoods.
+        """
+        self._require_labels()
         shares = self.log_probabilities.log_softmax(-1)
         right = torch.tensor([[label in gold for label in self.labels] for gold in self.gold])
         return shares.masked_fill(~right, -torch.inf).logsumexp(-1)
+
+    def _require_labels(self) -> None:
+        if not self.log_probabilities.shape[1]:
+            raise ValueError(f"received scores of {self.task} by {self.scoring}; allowed are label likelihoods")
 
     def to_frame(self) -> pd.DataFrame:
         """One row per example with columns task, metric, group, gold, predicted, value."""

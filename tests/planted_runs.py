@@ -24,7 +24,7 @@ def scores(values, *, better="high", log_probabilities=None, task="t"):
         log_probabilities=torch.zeros(n, 0) if log_probabilities is None else log_probabilities,
         labels=() if log_probabilities is None else ("a", "b"),
         gold=(("a",),) * n,
-        predicted=("",) * n,
+        predicted=tuple("a" if v == 1 else "b" for v in values) if log_probabilities is not None else ("",) * n,
         groups=tuple(map(str, range(n))),
         scoring="planted",
         provenance=MODEL,
@@ -60,11 +60,15 @@ def campaign(rates, *, n=400, seeds=3, base=0.2, draw=0):
     """Arms whose accuracy is planted: {label: share right}; every arm's answers on an example are correlated through a common difficulty."""
     rng = np.random.default_rng(draw)
     difficulty = rng.random(n)
-    before = scores((difficulty < base).astype(float))
+
+    def answers(rate):
+        right = (difficulty < rate).astype(float)
+        return scores(right, log_probabilities=torch.tensor(np.stack([right, 1 - right], axis=1)).float())
+
+    before = answers(base)
     return {
         label: [
-            run(label, seed, before, scores((difficulty < rate + rng.normal(0, 0.02)).astype(float)), n_parameters=size)
-            for seed in range(seeds)
+            run(label, seed, before, answers(rate + rng.normal(0, 0.02)), n_parameters=size) for seed in range(seeds)
         ]
         for label, (rate, size) in rates.items()
     }

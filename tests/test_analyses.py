@@ -10,6 +10,7 @@ import pytest
 
 import lens_affect
 import lens_affect.models
+from tests.planted_runs import campaign
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "analyses").glob("[0-9]*.py"))
@@ -59,6 +60,24 @@ def test_the_gate_runs_in_quick_mode(one_loading, monkeypatch, capsys, tmp_path)
     assert "positions last: the gate is special: cannot be decided" in printed
     assert list(names["tables"]["smollm2-135m-instruct", "all"]["site"]) == ["gate", "up", "attn_out"]
     assert "afraid" in names["view"].html
+
+
+def test_modules_reads_finished_runs_and_says_when_the_gate_is_special(monkeypatch, capsys, tmp_path):
+    shares = {"gate": (0.55, 100), "up": (0.4, 100), "down": (0.4, 100), "attention": (0.35, 180), "all": (0.6, 400)}
+    planted = {f"goemotions-{m}-rank4": runs for m, runs in campaign(shares, n=600).items()}
+    fitted = {"attention": (0.35, 100), "random": (0.3, 100)}
+    planted |= {f"goemotions-{m}-size-of-gate-rank4": runs for m, runs in campaign(fitted, n=600).items()}
+    for kind, runs in planted.items():
+        for one in runs:
+            one.save(tmp_path / "tuning" / f"{kind}-seed{one.seed}" / "tuned")
+    monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path))
+    monkeypatch.setenv("LENS_AFFECT_QUICK", "1")
+    names = runpy.run_path(str(ROOT / "analyses" / "05_modules.py"))
+    printed = capsys.readouterr().out
+    assert "21 finished runs" in printed
+    assert "equal rank, rank 4: the gate is better than both" in printed
+    assert "equal size, rank 4: the gate is better than both" in printed
+    assert list(names["tables"]) == ["equal rank, rank 4", "equal size, rank 4"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
