@@ -72,9 +72,11 @@ def campaign() -> list[Job]:
         tasks = {"topics": "topics", "shuffled": "goemotions_shuffled"}
         return [Job(block, m, seed, task=task) for m in ("gate", "up", "attention") for block, task in tasks.items()]
 
-    jobs = [*equal(0, RANK, "equal"), *equal(1, RANK, "equal"), *controls(0), *equal(2, RANK, "equal"), *controls(1)]
-    for seed in range(2):
-        jobs += [Job("writing", m, seed, task="writing") for m in ("gate", "up", "attention", "all")]
+    def writing(seed: int) -> list[Job]:
+        return [Job("writing", m, seed, task="writing") for m in ("gate", "up", "attention", "all")]
+
+    jobs = [*equal(0, RANK, "equal"), *equal(1, RANK, "equal"), *controls(0), *writing(0)]
+    jobs += [*equal(2, RANK, "equal"), *controls(1), *writing(1)]
     for seed in range(3):
         jobs += equal(seed, 1, "rank1")
     return jobs + [Job("full", m, 0, method="full") for m in ("gate", "up", "attention")]
@@ -107,14 +109,13 @@ def test_of(name: str) -> Any:
     return task.examples("test", n=min(most, len(task.examples("test"))))
 
 
-CONTROLS = ("neutral_text", "arithmetic", "writing")
+CONTROLS = ("neutral_text", "arithmetic")
 
 
-def control_scores(model: Any, folder: Path, tuned_on: str) -> None:
+def control_scores(model: Any, folder: Path) -> None:
     """Score the other tasks with the weights that the model has now."""
-    affective = {"goemotions": ("writing",), "writing": ("goemotions",)}.get(tuned_on, ())
-    for name in ("neutral_text", "arithmetic", *affective):
-        if not (folder / name / "manifest.json").is_file() and name != tuned_on:
+    for name in CONTROLS:
+        if not (folder / name / "manifest.json").is_file():
             task_of(name).score(model, test_of(name), seed=0).save(folder / name)
 
 
@@ -144,6 +145,8 @@ def run(model: Any, job: Job) -> None:
     if (folder / "done.json").is_file():
         return
     task = task_of(job.task)
+    for name in CONTROLS:
+        base_scores(model, name)
     if not (folder / "tuned" / "manifest.json").is_file():
         rate, chosen = rate_of(model, job), time.monotonic()
         tuned = la.tune_module(
@@ -165,7 +168,7 @@ def run(model: Any, job: Job) -> None:
         la.write_adapter(tuned, folder / "adapter")
     if not tuned.exploded:
         with la.tuned_weights(model, tuned):
-            control_scores(model, folder / "controls", job.task)
+            control_scores(model, folder / "controls")
     about = {"block": job.block, "size": job.size, "kind": job.kind, "seconds": time.monotonic() - start}
     write_text_atomically(folder / "done.json", json.dumps(about | {"name": job.name}, indent=1))
     log.info("%s done in %.0f s", job.name, time.monotonic() - start)

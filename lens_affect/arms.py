@@ -142,8 +142,18 @@ def _full_arm(name: str, places: Sequence[Place], cost: Mapping[str, int], wante
 
 
 def _spread(places: Sequence[Place], cost: Mapping[str, int], budget: int) -> list[Place]:
-    """Evenly spread places that together cost as near to the budget as a walk over them finds."""
-    order = [place for step in (2, 1) for place in places[step - 1 :: 2]]  # every second one first
+    """Places that together cost the budget within 1 %: evenly spread ones, or else the first of some random orders that fits, or the nearest."""
+    rng = derive_generator(0, "spread")
+    orders = [[place for start in (1, 0) for place in places[start::2]]]  # every second one first
+    orders += [[places[i] for i in rng.permutation(len(places))] for _ in range(_DRAWS)]
+    walks = [_walk(order, cost, budget) for order in orders]
+    misses = [abs(sum(cost[module] for _, module in walk) / budget - 1) if budget else 0.0 for walk in walks]
+    fits = (i for i, miss in enumerate(misses) if miss <= TOLERANCE)
+    return walks[next(fits, min(range(len(walks)), key=lambda i: misses[i]))]
+
+
+def _walk(order: Sequence[Place], cost: Mapping[str, int], budget: int) -> list[Place]:
+    """Places in order, as long as each fits."""
     taken, total = [], 0
     for place in order:
         if total + cost[place[1]] <= budget * (1 + TOLERANCE / 2):

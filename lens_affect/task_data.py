@@ -175,9 +175,14 @@ def _by_group(rows: Sequence[Example]) -> Examples:
     return {split: tuple(row for row in rows if row.group in sides[split]) for split in SPLITS}
 
 
+SOLVED = "3 + 4 = 7\n9 - 2 = 7\n"
+"""What stands before every question of arithmetic: small models guess the form from it, not the answer."""
+
+
 def arithmetic() -> Examples:
-    """Sums and differences of numbers up to 20, made here: 400 questions, each once, split at random."""
+    """Sums and differences of numbers up to 20, made here: 400 questions, each once, split at random; none of them is solved in `SOLVED`."""
     pairs = [(a, b, sign) for a in range(1, 21) for b in range(1, 21) for sign in "+-" if sign == "+" or a > b]
+    pairs = [(a, b, sign) for a, b, sign in pairs if f"{a} {sign} {b} =" not in SOLVED]
     order = derive_generator(0, "arithmetic").permutation(len(pairs))[:400].tolist()
     rows = [
         Example(f"{a} {sign} {b} =", (str(a + b if sign == "+" else a - b),), f"{a} {sign} {b}")

@@ -219,9 +219,13 @@ def f1_by_label(
     return labels, f1, support
 
 
-def _f1(g: np.ndarray, p: np.ndarray, n: int) -> tuple[Float[np.ndarray, " label"], Int[np.ndarray, " label"]]:
-    hits, right, said = (np.bincount(x, minlength=n) for x in (g[g == p], g, p))
-    return 2 * hits / np.maximum(right + said, 1), right
+def _f1(
+    g: np.ndarray, p: np.ndarray, n: int, weights: np.ndarray | None = None
+) -> tuple[Float[np.ndarray, " label"], np.ndarray]:
+    """F1 of each label and how often it is right; `weights` say how often each example counts."""
+    w = np.ones(len(g), dtype=np.int64) if weights is None else weights
+    hits, right, said = (np.bincount(x, v, minlength=n) for x, v in ((g[g == p], w[g == p]), (g, w), (p, w)))
+    return 2 * hits / np.maximum(right + said, 1), right.astype(np.int64)
 
 
 def weighted_f1(gold: Sequence[str], predicted: Sequence[str]) -> float:
@@ -329,18 +333,16 @@ def _bootstrap(statistic: Callable[..., float], gold: Sequence[str], scores: Tas
     labels = sorted({*gold, *scores.predicted})
     place = {label: i for i, label in enumerate(labels)}
     g, p = (np.array([place[x] for x in side]) for side in (gold, scores.predicted))
-    members: dict[str, list[int]] = {}
-    for row, group in enumerate(scores.groups):
-        members.setdefault(group, []).append(row)
-    rows = [np.array(found) for found in members.values()]
+    _, member = np.unique(np.asarray(scores.groups), return_inverse=True)
+    n_groups = int(member.max()) + 1
 
-    def value(chosen: np.ndarray) -> float:
-        f1, support = _f1(g[chosen], p[chosen], len(labels))
+    def value(weights: np.ndarray) -> float:
+        f1, support = _f1(g, p, len(labels), weights)
         seen = np.zeros(len(labels), dtype=bool)
-        seen[g[chosen]] = seen[p[chosen]] = True
+        seen[g[weights > 0]] = seen[p[weights > 0]] = True
         return statistic(f1, support, seen)
 
-    draws = resample_clusters(len(rows), N_RESAMPLES, seed, "F1")
-    found = [value(np.concatenate([rows[i] for i in draw])) for draw in draws]
+    draws = resample_clusters(n_groups, N_RESAMPLES, seed, "F1")
+    found = [value(np.bincount(draw, minlength=n_groups)[member]) for draw in draws]
     low, high = np.percentile(found, [2.5, 97.5])
-    return Interval(np.asarray(value(np.arange(len(g)))), np.asarray(low), np.asarray(high))
+    return Interval(np.asarray(value(np.ones(len(g), dtype=np.int64))), np.asarray(low), np.asarray(high))

@@ -8,6 +8,7 @@ does it, so that the same weights can be scored by likelihood and by what they g
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from lens_affect.generation import generate
 from lens_affect.judges import Judge, load_judge
 from lens_affect.results import Provenance, Stopwatch, content_hash, load_result, save_result
 from lens_affect.statistics import Better, Interval, cluster_means, derive_generator, mean_interval
+from lens_affect.stimuli import named_emotion
 from lens_affect.task_data import Example
 
 SCORINGS = ("likelihood", "first_token", "generation")
@@ -326,9 +328,12 @@ def _scores(
 class AnswerTask(_Base):
     """One exact answer per prompt; right where every token of it is the likeliest one."""
 
+    solved: str = ""
+    """Solved examples that stand before every prompt."""
+
     def prompt(self, example: Example) -> str:
-        """The text itself."""
-        return example.text
+        """The solved examples and the text."""
+        return f"{self.solved}{example.text}"
 
     def answer(self, example: Example) -> str:
         """The right answer."""
@@ -416,7 +421,7 @@ class WritingTask(_Base):
         seed: int = 0,
         progress: Progress | None = None,
     ) -> TaskScores:
-        """Judge's probability that each sentence expresses the emotion that was asked for; 0 for an empty one."""
+        """Judge's probability that each sentence expresses the emotion that was asked for (`judge_written`)."""
         chosen, clock = self.examples() if examples is None else tuple(examples), Stopwatch()
         written = generate(
             model,
@@ -428,21 +433,48 @@ class WritingTask(_Base):
             progress=progress,
         )
         texts = [text.strip().split("\n")[0].strip() for text in written.texts]
-        known = self.judge.labels
-        missing = sorted({e.labels[0] for e in chosen} - set(known))
-        if missing:
-            raise ValueError(
-                f"received the emotions {missing}; {self.judge.title} can name {list(known)}: choose among them"
-            )
-        columns = torch.tensor([known.index(e.labels[0]) for e in chosen])
-        values = self.judge.score(texts)[torch.arange(len(chosen)), columns].nan_to_num(0.0)
         return _scores(
             *(self, model, chosen, clock, seed, "judge's probability"),
-            values=values.float(),
+            values=judge_written(self.judge, texts, [e.labels[0] for e in chosen]),
             log_probabilities=_no_labels(len(chosen)),
             predicted=tuple(texts),
             scoring=f"{self.judge.title} on sampled text",
         )
+
+
+FEWEST_WORDS = 4
+"""A sentence with fewer different words, the emotion's own name not counted, expresses nothing."""
+
+
+def judge_written(judge: Judge, texts: Sequence[str], emotions: Sequence[str]) -> Float[Tensor, " text"]:
+    """Probability by a judge that each text expresses its emotion, without naming it.
+
+    The emotion's name, with any ending, is taken out before the judge reads: a model that has learned to answer with labels writes
+    "joy joy joy", which a judge would call joyful. What then has fewer than FEWEST_WORDS different words gets 0.
+
+    Args:
+        judge: it must have the emotions among its labels.
+        texts: what was written.
+        emotions: what was asked for.
+
+    Raises:
+        ValueError: an emotion that the judge cannot name.
+    """
+    known = judge.labels
+    missing = sorted(set(emotions) - set(known))
+    if missing:
+        raise ValueError(f"received the emotions {missing}; {judge.title} can name {list(known)}: choose among them")
+    stripped = [" ".join(_without_name(text, e).split()) for text, e in zip(texts, emotions, strict=True)]
+    enough = torch.tensor([len(set(re.findall(r"\w+", text.lower()))) >= FEWEST_WORDS for text in stripped])
+    columns = torch.tensor([known.index(emotion) for emotion in emotions])
+    found = judge.score(stripped)[torch.arange(len(texts)), columns].nan_to_num(0.0).float()
+    return torch.where(enough, found, torch.zeros_like(found))
+
+
+def _without_name(text: str, emotion: str) -> str:
+    while named := named_emotion(text, emotion):
+        text = re.sub(rf"\b{re.escape(named)}\b", " ", text)
+    return text
 
 
 TASKS = {
@@ -496,7 +528,7 @@ def load_task(
         case "topics":
             return choose(False, task_data.topics(), "Topic")
         case "arithmetic":
-            return AnswerTask(key, title, False, task_data.arithmetic())
+            return AnswerTask(key, title, False, task_data.arithmetic(), solved=task_data.SOLVED)
         case "neutral_text":
             return TextTask(key, title, False, task_data.neutral_text())
         case "writing":

@@ -5,6 +5,7 @@ import pytest
 from lens_affect.stimuli import NEUTRAL, load_stimuli
 from lens_affect.task_data import (
     EKMAN,
+    SOLVED,
     SPLITS,
     Example,
     arithmetic,
@@ -96,6 +97,8 @@ def test_arithmetic_is_right_and_each_question_is_there_once():
     assert len({e.text for e in rows}) == len(rows) == 400
     for e in rows:
         assert eval(e.text.removesuffix(" =")) == int(e.labels[0]) > 0
+        assert e.text not in SOLVED
+    assert all(eval(line.replace("=", "==")) for line in SOLVED.splitlines())
 
 
 def test_neutral_texts_are_for_testing_only():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lens_affect.task_data import Example
-from lens_affect.tasks import TASKS, ChoiceTask, Task, TaskScores, TextTask, WritingTask, load_task
+from lens_affect.tasks import TASKS, ChoiceTask, Task, TaskScores, TextTask, WritingTask, judge_written, load_task
 from tests.affect_data import WORDS, write_goemotions, write_meld
 
 
@@ -136,10 +136,17 @@ def test_writing_is_judged_and_repeatable(data, tiny_model):
     rows = [Example(str(i), ("joy",), "joy") for i in range(3)]
     first, again = (task.score(tiny_model("llama"), rows, seed=3) for _ in range(2))
     assert first.predicted == again.predicted
-    assert first.values.tolist() == pytest.approx([len(t) % 7 / 7 for t in first.predicted])
+    assert torch.equal(first.values, judge_written(Judge(), first.predicted, ["joy"] * 3))
     assert not any("\n" in text for text in first.predicted)
     with pytest.raises(ValueError, match="received the emotions \\['grief'\\]"):
         task.score(tiny_model("llama"), [Example("0", ("grief",), "grief")])
+
+
+def test_a_text_that_only_names_its_emotion_expresses_nothing():
+    texts = ["joy joy joyful Joy and joy", "", "We danced all night", "Joy: we danced all night", "We, we danced"]
+    found = judge_written(Judge(), texts, ["joy"] * 5)
+    plain = len("We danced all night") % 7 / 7
+    assert found.tolist() == pytest.approx([0, 0, plain, len(": we danced all night") % 7 / 7, 0])
 
 
 def test_writing_needs_no_data_unless_it_is_trained(monkeypatch):
