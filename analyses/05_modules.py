@@ -108,8 +108,8 @@ for rank in (4, 1):
         save(la.plot_retention(pair), f"module_retention_rank{rank}", *pair.values()).show()
 
 # %% [markdown]
-# The untuned model is hardly better than chance because it prefers a few labels whatever the comment says. With these preferences taken out (batch
-# calibration, from the unlabelled comments), it is a stronger start, and every arm's share of the gain is smaller against it.
+# An untuned model prefers a few labels whatever the comment says. Against the same model with these preferences taken out (batch calibration, from
+# the unlabelled comments) the share of the gain is a stricter one.
 
 # %%
 rows = []

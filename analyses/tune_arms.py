@@ -165,7 +165,7 @@ def run(model: Any, job: Job) -> None:
         log.info("%s: rate %.0f s, arm %.0f s", job.name, chosen - start, time.monotonic() - chosen)
     tuned = la.Tuned.load(folder / "tuned")
     if not (folder / "adapter").is_dir():
-        la.write_adapter(tuned, folder / "adapter")
+        la.write_adapter(tuned, folder / "adapter", base=MODEL)
     if not tuned.exploded:
         with la.tuned_weights(model, tuned):
             control_scores(model, folder / "controls")

@@ -1,5 +1,6 @@
 """The result of tuning one arm: what was trained, how it went, what it reached; as weight changes, and as files for other tools."""
 
+import importlib.util
 import os
 import re
 import warnings
@@ -101,6 +102,18 @@ class Tuned:
         )
 
 
+def require_peft() -> None:
+    """Refuse LoRA where peft is not installed.
+
+    Raises:
+        RuntimeError: with what to install.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise RuntimeError(
+            "LoRA needs peft, which is not installed: pip install 'lens-affect[tuning]', or tune with method='full'"
+        )
+
+
 def weight_changes(tuned: Tuned) -> dict[str, Tensor]:
     """By place (`layers.3.gate`): what LoRA adds, (alpha / r) B A; or in full tuning the new weight itself."""
     found = {}
@@ -139,6 +152,7 @@ def write_adapter(tuned: Tuned, folder: str | os.PathLike[str], *, base: str | N
     if tuned.arm.method == "full":
         save_file(dict(tuned.trained), place / "model.safetensors", metadata={"format": "pt"})
         return place
+    require_peft()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from peft import LoraConfig

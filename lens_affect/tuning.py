@@ -27,7 +27,7 @@ from lens_affect.statistics import derive_generator
 from lens_affect.task_data import Example
 from lens_affect.tasks import Task, TaskScores
 from lens_affect.trainable import linear_maps, trainable
-from lens_affect.tuned import Tuned
+from lens_affect.tuned import Tuned, require_peft
 
 log = logging.getLogger(__name__)
 
@@ -305,8 +305,9 @@ def _plan(
     dtype = next(iter(maps.values()))[1].weight.dtype
     if dtype != torch.float32:
         raise ValueError(f"received a model in {dtype}; tuning needs float32: load_model(..., dtype=torch.float32)")
-    if method == "lora" and rank is None and n_parameters is None:
-        rank = 4
+    if method == "lora":
+        require_peft()
+        rank = 4 if rank is None and n_parameters is None else rank
     config = model.original_model.config
     return plan_arm(config, modules, method=method, rank=rank, n_parameters=n_parameters, layers=layers, seed=seed)
 

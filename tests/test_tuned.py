@@ -46,3 +46,13 @@ def test_whole_weights_are_written_under_their_names(tunable, unchanged, tmp_pat
     assert set(found) == {f"model.layers.{i}.mlp.gate_proj.weight" for i in range(3)}
     with pytest.raises(FileExistsError):
         write_adapter(done, tmp_path / "full")
+
+
+def test_lora_without_peft_says_what_to_install(tunable, unchanged, monkeypatch):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "peft" else real(name, *a))
+    with pytest.raises(RuntimeError, match=r"pip install 'lens-affect\[tuning\]'"):
+        tune_module(tunable, TASK, modules="gate", rank=1, **QUICK)
+    assert tune_module(tunable, TASK, modules="gate", method="full", rate=1e-4, **QUICK).trained
