@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lens_affect.advice import recommend as recommend
     from lens_affect.anisotropy import Anisotropy as Anisotropy
     from lens_affect.anisotropy import measure_anisotropy as measure_anisotropy
+    from lens_affect.arms import Arm as Arm
+    from lens_affect.arms import plan_arm as plan_arm
     from lens_affect.attribution import DirectAttribution as DirectAttribution
     from lens_affect.attribution import attribute_direction as attribute_direction
     from lens_affect.axes import AxisAgreement as AxisAgreement
@@ -82,6 +84,10 @@ if TYPE_CHECKING:
     from lens_affect.meaning import foreign_meaning as foreign_meaning
     from lens_affect.meaning import load_emotion_words as load_emotion_words
     from lens_affect.models import load_model as load_model
+    from lens_affect.module_table import ModuleTable as ModuleTable
+    from lens_affect.module_table import compare_arms as compare_arms
+    from lens_affect.module_table import learning_curves as learning_curves
+    from lens_affect.module_table import load_runs as load_runs
     from lens_affect.neurons import NeuronTable as NeuronTable
     from lens_affect.neurons import top_neurons as top_neurons
     from lens_affect.patching import PatchingMap as PatchingMap
@@ -104,6 +110,8 @@ if TYPE_CHECKING:
     from lens_affect.plotting_steering import plot_regimes as plot_regimes
     from lens_affect.plotting_steering import plot_scripts as plot_scripts
     from lens_affect.plotting_steering import plot_verification as plot_verification
+    from lens_affect.plotting_tuning import plot_learning as plot_learning
+    from lens_affect.plotting_tuning import plot_retention as plot_retention
     from lens_affect.projections import LayerProjections as LayerProjections
     from lens_affect.projections import projection_by_layer as projection_by_layer
     from lens_affect.protocols import extract_protocol as extract_protocol
@@ -154,9 +162,26 @@ if TYPE_CHECKING:
     from lens_affect.sweeps import load_sweep as load_sweep
     from lens_affect.sweeps import make_spec as make_spec
     from lens_affect.sweeps import run_sweep as run_sweep
+    from lens_affect.task_metrics import TaskMetrics as TaskMetrics
+    from lens_affect.task_metrics import Wheels as Wheels
+    from lens_affect.task_metrics import hit_rate as hit_rate
+    from lens_affect.task_metrics import load_wheels as load_wheels
+    from lens_affect.task_metrics import measure_task as measure_task
+    from lens_affect.task_metrics import set_scores as set_scores
+    from lens_affect.tasks import Task as Task
+    from lens_affect.tasks import TaskScores as TaskScores
+    from lens_affect.tasks import load_task as load_task
+    from lens_affect.trainable import tuned_weights as tuned_weights
     from lens_affect.transfers import Transfer as Transfer
     from lens_affect.transfers import revert_modules as revert_modules
     from lens_affect.transfers import transfer_modules as transfer_modules
+    from lens_affect.tuned import Tuned as Tuned
+    from lens_affect.tuned import write_adapter as write_adapter
+    from lens_affect.tuning import choose_rate as choose_rate
+    from lens_affect.tuning import run_arms as run_arms
+    from lens_affect.tuning import tune_module as tune_module
+    from lens_affect.tuning_plans import TuningPlan as TuningPlan
+    from lens_affect.tuning_plans import plan_tuning as plan_tuning
     from lens_affect.vectors import EmotionVectors as EmotionVectors
     from lens_affect.vectors import fit_vectors as fit_vectors
     from lens_affect.verification import Verification as Verification
@@ -170,6 +195,7 @@ _HOME = {
     "AblationTable": "selectivity",
     "Activations": "activations",
     "Anisotropy": "anisotropy",
+    "Arm": "arms",
     "AxisAgreement": "axes",
     "CATALOGUE": "catalogue",
     "CheckReport": "selfchecks",
@@ -197,6 +223,7 @@ _HOME = {
     "MeaningTable": "meaning",
     "MethodComparison": "comparison",
     "ModuleDelta": "deltas",
+    "ModuleTable": "module_table",
     "NeuronTable": "neurons",
     "Onsets": "boundaries",
     "PatchingMap": "patching",
@@ -217,11 +244,17 @@ _HOME = {
     "Stories": "stories",
     "Sweep": "sweeps",
     "SweepSpec": "sweeps",
+    "Task": "tasks",
+    "TaskMetrics": "task_metrics",
+    "TaskScores": "tasks",
     "Thresholds": "regimes",
     "TokenView": "views",
     "Transfer": "transfers",
     "TransferTable": "languages",
+    "Tuned": "tuned",
+    "TuningPlan": "tuning_plans",
     "Verification": "verification",
+    "Wheels": "task_metrics",
     "ablate_modules": "ablations",
     "agreement": "gradients",
     "approximate_patches": "gradients",
@@ -229,8 +262,10 @@ _HOME = {
     "can_name": "judgements",
     "check_effect_size": "reported",
     "check_model": "selfchecks",
+    "choose_rate": "tuning",
     "circuitsvis_view": "views",
     "classify_regimes": "regimes",
+    "compare_arms": "module_table",
     "compare_geometry": "geometry",
     "compare_methods": "comparison",
     "compare_modules": "deltas",
@@ -250,21 +285,26 @@ _HOME = {
     "fit_vectors": "vectors",
     "foreign_meaning": "meaning",
     "generate": "generation",
+    "hit_rate": "task_metrics",
     "judge_agreement": "judgements",
     "judge_gate": "gate",
     "judge_names": "judgements",
     "judge_texts": "judgements",
     "language_transfer": "languages",
+    "learning_curves": "module_table",
     "lexical_bar": "lexical",
     "load_emotion_words": "meaning",
     "load_judge": "judges",
     "load_model": "models",
     "load_pairs": "contrasts",
     "load_prompts": "stimuli",
+    "load_runs": "module_table",
     "load_scenarios": "scenarios",
     "load_stimuli": "stimuli",
     "load_study": "study",
     "load_sweep": "sweeps",
+    "load_task": "tasks",
+    "load_wheels": "task_metrics",
     "localize": "localization",
     "locate_boundaries": "boundaries",
     "make_push": "steering",
@@ -273,24 +313,29 @@ _HOME = {
     "mann_whitney": "effects",
     "mean_outputs": "ablations",
     "measure_anisotropy": "anisotropy",
+    "measure_task": "task_metrics",
     "neutral_loss": "damage",
     "open_checkpoint": "checkpoints",
     "open_pair": "checkpoint_pairs",
     "paired_tests": "effects",
     "patch_sites": "patching",
+    "plan_arm": "arms",
     "plan_delta": "delta_plans",
+    "plan_tuning": "tuning_plans",
     "plot_anisotropy": "plotting",
     "plot_curves": "plotting",
     "plot_delta": "plotting_modules",
     "plot_dose": "plotting_steering",
     "plot_emotions": "plotting",
     "plot_inside": "plotting_steering",
+    "plot_learning": "plotting_tuning",
     "plot_methods": "plotting",
     "plot_onsets": "plotting_steering",
     "plot_patching": "plotting_patching",
     "plot_positions": "plotting_patching",
     "plot_regimes": "plotting_steering",
     "plot_reliability": "plotting",
+    "plot_retention": "plotting_tuning",
     "plot_scripts": "plotting_steering",
     "plot_selectivity": "plotting_modules",
     "plot_siblings": "plotting_patching",
@@ -303,6 +348,7 @@ _HOME = {
     "residual_norms": "steering",
     "resolve_site": "sites",
     "revert_modules": "transfers",
+    "run_arms": "tuning",
     "run_study": "study",
     "run_sweep": "sweeps",
     "run_jeong_regime": "regimes",
@@ -311,6 +357,7 @@ _HOME = {
     "score_texts": "scoring",
     "script_entanglement": "crosslingual",
     "script_shares": "scripts",
+    "set_scores": "task_metrics",
     "steer": "steering",
     "steering_scorecard": "scorecard",
     "study_steering": "steering_study",
@@ -318,9 +365,12 @@ _HOME = {
     "text_languages": "scripts",
     "top_neurons": "neurons",
     "transfer_modules": "transfers",
+    "tune_module": "tuning",
+    "tuned_weights": "trainable",
     "valence_arousal": "axes",
     "verify_steering": "verification",
     "view_tokens": "views",
+    "write_adapter": "tuned",
     "write_report": "report",
     "write_stories": "stories",
 }

@@ -1,5 +1,6 @@
 """The command line: `lens-affect sweep MODEL`, `scorecard RUN`, `recommend RUN`, `study SPEC`, `patch MODEL`,
-`explain MODEL TEXT`, `steer MODEL PROMPT`, `delta BASE TUNED`, `transfer BASE TUNED`, `ablate MODEL`, `catalogue`, `doctor MODEL`.
+`explain MODEL TEXT`, `steer MODEL PROMPT`, `regimes MODEL`, `delta BASE TUNED`, `transfer BASE TUNED`, `ablate MODEL`, `tune MODEL`,
+`catalogue`, `doctor MODEL`.
 
 Exit code 2 for wrong input, 1 for a run that failed. Heavy imports happen inside the commands, so --help answers at once.
 """
@@ -711,6 +712,110 @@ def _show_losses(rows: list[dict[str, Any]], title: str, out: str, json: bool) -
         return
     shown = table.round(4)
     _print_table(shown.astype(object).where(shown.notna(), ""), title)
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="Catalogue name, hub id, folder or GGUF file.")],
+    task: Annotated[
+        str, typer.Option(help="A task of ours (an unknown name lists them), or a table with columns text, label.")
+    ] = "goemotions",
+    modules: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated arms: q, k, v, o, gate, up, down, attention, mlp, all, none, random; q+v is one arm."
+        ),
+    ] = "gate,up,attention,all",
+    method: Annotated[str, typer.Option(help="lora or full.")] = "lora",
+    rank: Annotated[int, typer.Option(help="Of LoRA.")] = 4,
+    equal_size: Annotated[
+        bool, typer.Option("--equal-size", help="Every arm but all trains as many weights as the gate at this rank.")
+    ] = False,
+    steps: Annotated[int, typer.Option(help="Training steps of 16 rows.")] = 100,
+    seeds: Annotated[str, typer.Option(help="Comma-separated; one run of each arm per seed.")] = "0,1,2",
+    n_test: Annotated[int, typer.Option("--test", help="Test rows; as many as there are if fewer.")] = 2000,
+    max_words: Annotated[int, typer.Option(help="Longest text of GoEmotions and MELD; 0 for any.")] = 16,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what memory and time it will take, from the config alone, and stop.")
+    ] = False,
+    out: Annotated[
+        str, typer.Option(help="Folder of the runs; runs/MODEL-tune-TASK by default. Finished runs are kept.")
+    ] = "",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+) -> None:
+    """Tune single modules on a task, at equal rank or equal size, and compare what each keeps of tuning all of them."""
+    with _errors():
+        import pandas as pd
+
+        arms = tuple(part.strip() for part in modules.split(",") if part.strip())
+        chosen = _numbers(seeds, int, "--seeds")
+        if plan:
+            plans = _tuning_plans(model, arms, method, rank, equal_size, steps, n_test)
+            if json:
+                print(pd.concat([p.to_frame() for p in plans]).to_json(orient="records", indent=1))
+                return
+            for planned in plans:
+                print(planned)
+            print(f"{len(chosen)} seeds: {len(chosen)} times the time of each arm")
+            return
+        from lens_affect.models import load_model
+        from lens_affect.module_table import compare_arms
+        from lens_affect.tasks import load_task
+        from lens_affect.tuning import run_arms
+
+        learned = load_task(task, max_words=max_words or None)
+        folder = Path(out or Path("runs") / f"{Path(model).name}-tune-{learned.name}")
+        with _progress(quiet or json) as report:
+            with report("load the model"):
+                lens = load_model(model, dtype="float32")
+            runs = run_arms(
+                *(lens, learned),
+                modules=arms,
+                seeds=chosen,
+                method=method,
+                rank=rank,
+                equal_size=equal_size,
+                steps=steps,
+                n_test=min(n_test, len(learned.examples("test"))),
+                folder=folder,
+                report=report,
+            )
+        table = compare_arms(runs, reference="all")
+        table.to_frame().to_csv(folder / "arms.csv", index=False)
+        table.contrasts.to_csv(folder / "contrasts.csv", index=False)
+        if json:
+            print(table.to_frame().to_json(orient="records", indent=1))
+            return
+        print(table)
+        shown = [
+            "arm",
+            "n_parameters",
+            "n_seeds",
+            "score",
+            "low",
+            "high",
+            "retention",
+            "percent_of_tuned",
+            "cpu_seconds",
+        ]
+        _print_table(table.to_frame()[shown].round(3), table.task)
+        print(f"Runs: {folder.absolute()}")
+
+
+def _tuning_plans(
+    model: str, arms: tuple[str, ...], method: str, rank: int, equal_size: bool, steps: int, n_test: int
+) -> list[Any]:
+    """One plan per arm, from a config; of a hub model only the config is fetched."""
+    from lens_affect.tuning import arm_size
+    from lens_affect.tuning_plans import locate_config, plan_tuning
+
+    config = locate_config(model)
+    plans = []
+    for arm in arms:
+        size: dict[str, Any] = arm_size(config, arm, method, rank, equal_size)
+        plans.append(plan_tuning(config, arm, method=method, steps=steps, n_test=n_test, **size))
+    return plans
 
 
 @app.command()

@@ -75,6 +75,30 @@ def tiny_model(_models):
     return make
 
 
+@pytest.fixture(scope="module")
+def tunable():
+    """A bridge of this file's own: it is tuned and restored."""
+    return load_model(make_hf_model("llama"), tokenizer=make_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def tunable_state(tunable):
+    return {name: p.detach().clone() for name, p in tunable.original_model.named_parameters()}
+
+
+@pytest.fixture
+def unchanged(tunable, tunable_state):
+    """After the test the model is as before: names, values, flags, and nothing of peft left."""
+    flags = {name: p.requires_grad for name, p in tunable.original_model.named_parameters()}
+    yield
+    now = dict(tunable.original_model.named_parameters())
+    assert now.keys() == tunable_state.keys()
+    assert all(torch.equal(now[name], value) for name, value in tunable_state.items())
+    assert {name: p.requires_grad for name, p in now.items()} == flags
+    assert not any("lora" in name for name, _ in tunable.original_model.named_modules())
+    assert not hasattr(tunable.original_model, "peft_config")
+
+
 @pytest.fixture(scope="session")
 def multilingual():
     """A bridge around a random model whose tokenizer has our emotion words of nine languages as single tokens; read-only."""

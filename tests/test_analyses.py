@@ -10,6 +10,10 @@ import pytest
 
 import lens_affect
 import lens_affect.models
+from lens_affect.models import load_model
+from tests.affect_data import write_goemotions
+from tests.planted_runs import campaign
+from tests.tiny import make_hf_model, make_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "analyses").glob("[0-9]*.py"))
@@ -79,6 +83,50 @@ def test_foreign_tokens_run_in_quick_mode(one_loading, monkeypatch, capsys, tmp_
     names = runpy.run_path(str(ROOT / "analyses" / "04_foreign_tokens.py"))
     assert "random directions" in capsys.readouterr().out
     assert list(names["tables"]) == ["smollm2-135m-instruct"]
+
+
+def test_modules_reads_finished_runs_and_says_when_the_gate_is_special(monkeypatch, capsys, tmp_path):
+    shares = {"gate": (0.55, 100), "up": (0.4, 100), "down": (0.4, 100), "attention": (0.35, 180), "all": (0.6, 400)}
+    planted = {f"goemotions-{m}-rank4": runs for m, runs in campaign(shares, n=600).items()}
+    fitted = {"attention": (0.35, 100), "random": (0.3, 100)}
+    planted |= {f"goemotions-{m}-size-of-gate-rank4": runs for m, runs in campaign(fitted, n=600).items()}
+    for kind, runs in planted.items():
+        for one in runs:
+            one.save(tmp_path / "tuning" / f"{kind}-seed{one.seed}" / "tuned")
+    monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path))
+    monkeypatch.setenv("LENS_AFFECT_QUICK", "1")
+    names = runpy.run_path(str(ROOT / "analyses" / "05_modules.py"))
+    printed = capsys.readouterr().out
+    assert "21 finished runs" in printed
+    assert "equal rank, rank 4: the gate is better than both" in printed
+    assert "equal size, rank 4: the gate is better than both" in printed
+    assert list(names["tables"]) == ["equal rank, rank 4", "equal size, rank 4"]
+
+
+def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(monkeypatch, capsys, tmp_path):
+    """The whole chain on a tiny model: first seed of every arm, a second start that trains nothing, and the page that reads them."""
+    write_goemotions(tmp_path / "data")
+    monkeypatch.setenv("LENS_AFFECT_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path))
+    monkeypatch.setenv("LENS_AFFECT_QUICK", "1")
+    names = runpy.run_path(str(ROOT / "analyses" / "tune_arms.py"))
+    run, jobs = names["run"], [job for job in names["campaign"]() if job.block == "equal" and job.seed == 0]
+    run.__globals__.update(STEPS=2, CHECK_EVERY=1, N_TEST=8)
+    monkeypatch.setattr(lens_affect, "choose_rate", lambda *a, **k: 0.01, raising=False)
+    model = load_model(make_hf_model("llama"), tokenizer=make_tokenizer())
+    for job in jobs:
+        run(model, job)
+    folders = {path.name for path in (tmp_path / "tuning").glob("goemotions-*")}
+    assert folders == {job.name for job in jobs}
+    assert all((tmp_path / "tuning" / name / "adapter" / "adapter_config.json").is_file() for name in folders)
+
+    monkeypatch.setattr(lens_affect, "tune_module", None, raising=False)  # a second start would fail if it trained
+    for job in jobs:
+        run(model, job)
+    runpy.run_path(str(ROOT / "analyses" / "05_modules.py"))
+    printed = capsys.readouterr().out
+    assert "7 finished runs" in printed
+    assert "next-token loss on texts without emotion" in printed
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)

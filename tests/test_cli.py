@@ -360,3 +360,47 @@ def test_ablate_prints_the_loss_of_each_arm_or_scales_of_equal_damage(model_fold
     assert rows[0]["arm"] == "gate"
     assert rows[0]["reached"] == (abs(rows[0]["rise"] - 0.05) <= 0.0025)
     assert "received how='burn'" in runner.invoke(app, ["ablate", model_folder, "--how", "burn"]).stderr
+
+
+def test_tune_plans_from_the_config_alone(model_folder, tmp_path):
+    (tmp_path / "config.json").write_text((Path(model_folder) / "config.json").read_text())  # no weights are there
+    command = ["tune", str(tmp_path), "--modules", "gate,attention,q+v", "--plan", "--rank", "8"]
+    done = runner.invoke(app, [*command, "--equal-size"])
+    assert done.exit_code == 0, done.output
+    assert "gate, lora, rank 8: 1,920 weights in 3 maps" in done.stdout
+    assert "attention, lora" in done.stdout
+    assert "memory about" in done.stdout
+    found = json.loads(runner.invoke(app, [*command, "--json"]).stdout)
+    assert [row["arm"] for row in found] == ["gate", "attention", "q+v"]
+
+
+def test_tune_compares_arms_and_goes_on_where_it_was(model_folder, tmp_path):
+    (tmp_path / "mine.csv").write_text(
+        "text,label\n" + "".join(f"Word {i},{'joy' if i % 2 else 'anger'}\n" for i in range(40))
+    )
+    command = ["tune", model_folder, "--task", str(tmp_path / "mine.csv"), "--modules", "gate,all", "--steps", "2"]
+    command += ["--seeds", "0,1", "--rank", "1", "--out", str(tmp_path / "runs"), "--quiet"]
+    done = runner.invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "on mine: accuracy" in done.stdout
+    assert "minimum detectable difference" in done.stdout
+    assert (tmp_path / "runs" / "arms.csv").is_file()
+    again = runner.invoke(app, [*command, "--json"])
+    assert [row["arm"] for row in json.loads(again.stdout)] == ["gate", "all"]
+    other = runner.invoke(app, [*command, "--steps", "3"])
+    assert other.exit_code == 2
+    assert "choose another folder" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task", "goemotion"], "received task 'goemotion'"),
+        (["--task", "topics", "--modules", "gates"], "received module 'gates'"),
+        (["--task", "topics", "--seeds", "one"], "received --seeds 'one'"),
+    ],
+)
+def test_tune_refuses_wrong_input_with_code_2(model_folder, options, message, tmp_path):
+    done = runner.invoke(app, ["tune", model_folder, *options, "--quiet", "--out", str(tmp_path / "runs")])
+    assert done.exit_code == 2
+    assert message in done.stderr

@@ -6,9 +6,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lens_affect as la
-from lens_affect.adapter import encode, model_info
+from lens_affect.adapter import encode, model_info, token_ids
 from lens_affect.catalogue import CATALOGUE, fetch
 from lens_affect.matching import match_pairs
+from lens_affect.task_data import EKMAN
 
 pytestmark = pytest.mark.weights
 MODELS = ("smollm2-135m-instruct", "gemma-3-270m")
@@ -128,3 +129,11 @@ def test_heads_and_neurons_add_up_to_the_projection(name, read, real_model):
     assert ((by_layer.values[layer] - found.total + found.reference).abs() < 1e-4 * found.total.abs().max()).all()
     content = found.total[list(found.content)]
     assert found.tokens[found.content[int(content.argmax())]].strip() in ("footsteps", "behind", "hands", "shake")
+
+
+def test_the_27_labels_start_with_different_tokens_in_smollm2(real_model):
+    """So the first token tells them apart (`scoring="first_token"`), in one forward pass."""
+    tokenizer = real_model("smollm2-135m-instruct").tokenizer
+    labels = [label for members in EKMAN.values() for label in members]
+    first = {token_ids(tokenizer, f" {label}")[0] for label in labels}
+    assert len(first) == len(labels) == 27

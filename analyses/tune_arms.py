@@ -1,0 +1,195 @@
+"""Tune the arms of "is the gate special?" one after the other; can be killed at any time and started again.
+
+    LENS_AFFECT_DATA=folder/with/goemotions python analyses/tune_arms.py
+
+Each arm is a folder below LENS_AFFECT_RUNS/tuning: `tuned` (scores of every example before and after, learning curve, cost, trained weights),
+`adapter` (peft's format) and `controls` (other tasks scored with the same weights). A finished arm is skipped. Arms come in blocks, and within a
+block seed by seed, so that what is there at any time is a balanced comparison. 05_modules.py reads them.
+
+Blocks: `equal`, equal rank and equal size (SmolLM2-135M-Instruct, GoEmotions, 27 labels, LoRA rank 4 against the gate's number of weights at rank
+4); `topics` of our passages and `shuffled` labels, controls; `writing`; `rank1`, as `equal` with rank 1; `full`, whole weights. Name blocks to run
+only these. Learning rates are chosen once per kind of arm (seed 0) and kept in rates.json.
+"""
+
+import argparse
+import functools
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lens_affect as la
+from lens_affect.arms import plan_arm
+from lens_affect.results import write_text_atomically
+from lens_affect.tasks import TaskScores
+
+HERE = Path(__file__).resolve().parent
+RUNS = Path(os.environ.get("LENS_AFFECT_RUNS", HERE.parent / "runs")) / "tuning"
+MODEL = "smollm2-135m-instruct"
+MAX_WORDS = 12  # of a comment: at most 12 words keep a step at 16 rows of some 15 tokens
+N_TEST, N_WRITTEN = 2048, 108
+STEPS, CHECK_EVERY, RANK = 64, 16, 4
+log = logging.getLogger("tune_arms")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm of the campaign."""
+
+    block: str
+    modules: str
+    seed: int
+    size: str = "rank"  # equal `rank`, or equal `size`: as many weights as the gate has at that rank
+    task: str = "goemotions"
+    rank: int = RANK
+    method: str = "lora"
+
+    @property
+    def kind(self) -> str:
+        """What arms that differ in their seed only have in common."""
+        how = f"rank{self.rank}" if self.size == "rank" else f"size-of-gate-rank{self.rank}"
+        return f"{self.task}-{self.modules}-{how if self.method == 'lora' else 'full'}"
+
+    @property
+    def name(self) -> str:
+        """Folder of the arm."""
+        return f"{self.kind}-seed{self.seed}"
+
+
+def campaign() -> list[Job]:
+    """All arms in order. The gate, up and down have equal shapes: at equal rank they are of equal size too."""
+
+    def equal(seed: int, rank: int, block: str) -> list[Job]:
+        jobs = [Job(block, m, seed, rank=rank) for m in ("gate", "up", "attention", "down", "all")]
+        return jobs + [Job(block, m, seed, "size", rank=rank) for m in ("attention", "random")]
+
+    def controls(seed: int) -> list[Job]:
+        tasks = {"topics": "topics", "shuffled": "goemotions_shuffled"}
+        return [Job(block, m, seed, task=task) for m in ("gate", "up", "attention") for block, task in tasks.items()]
+
+    def writing(seed: int) -> list[Job]:
+        return [Job("writing", m, seed, task="writing") for m in ("gate", "up", "attention", "all")]
+
+    jobs = [*equal(0, RANK, "equal"), *equal(1, RANK, "equal"), *controls(0), *writing(0)]
+    jobs += [*equal(2, RANK, "equal"), *controls(1), *writing(1)]
+    for seed in range(3):
+        jobs += equal(seed, 1, "rank1")
+    return jobs + [Job("full", m, 0, method="full") for m in ("gate", "up", "attention")]
+
+
+def options(job: Job, model: Any) -> dict[str, Any]:
+    """What tune_module and choose_rate are asked for."""
+    asked: dict[str, Any] = {"modules": job.modules, "method": job.method}
+    if job.method == "full":
+        return asked
+    if job.size == "size" and job.modules != "random":
+        return asked | {"n_parameters": plan_arm(model.original_model.config, "gate", rank=job.rank).n_parameters}
+    return asked | {"rank": job.rank}
+
+
+@functools.cache
+def task_of(name: str) -> Any:
+    """A task by its name in the campaign."""
+    if name == "goemotions_shuffled":
+        return task_of("goemotions").shuffled(seed=0)
+    # the 27 labels start with different tokens, so the first one tells them apart, in one forward pass
+    scoring = "first_token" if name == "goemotions" else "likelihood"
+    return la.load_task(name, scoring=scoring, max_words=MAX_WORDS)
+
+
+def test_of(name: str) -> Any:
+    """Examples that arms are scored on."""
+    task = task_of(name)
+    most = N_TEST // 4 if name == "goemotions_shuffled" else N_TEST  # a control that should be at chance
+    return task.examples("test", n=min(most, len(task.examples("test"))))
+
+
+CONTROLS = ("neutral_text", "arithmetic")
+
+
+def control_scores(model: Any, folder: Path) -> None:
+    """Score the other tasks with the weights that the model has now."""
+    for name in CONTROLS:
+        if not (folder / name / "manifest.json").is_file():
+            task_of(name).score(model, test_of(name), seed=0).save(folder / name)
+
+
+def base_scores(model: Any, name: str) -> TaskScores:
+    """Of the untuned model, once."""
+    folder = RUNS / "base" / name
+    if not (folder / "manifest.json").is_file():
+        task_of(name).score(model, test_of(name), seed=0).save(folder)
+    return TaskScores.load(folder)
+
+
+def rate_of(model: Any, job: Job) -> float:
+    """Learning rate of a kind of arm, chosen with seed 0. Shuffled labels take the one of the true labels: they have nothing to validate on."""
+    kind = job.kind.replace("_shuffled", "")
+    path = RUNS / "rates.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if kind not in known:
+        task = task_of(job.task.removesuffix("_shuffled"))
+        known[kind] = la.choose_rate(model, task, **options(job, model), seed=0)
+        write_text_atomically(path, json.dumps(known, indent=1))
+    return known[kind]
+
+
+def run(model: Any, job: Job) -> None:
+    """One arm, from the choice of its rate to its scores on the other tasks."""
+    folder, start = RUNS / job.name, time.monotonic()
+    if (folder / "done.json").is_file():
+        return
+    task = task_of(job.task)
+    for name in CONTROLS:
+        base_scores(model, name)
+    if not (folder / "tuned" / "manifest.json").is_file():
+        rate, chosen = rate_of(model, job), time.monotonic()
+        tuned = la.tune_module(
+            *(model, task),
+            **options(job, model),
+            steps=STEPS,
+            check_every=CHECK_EVERY,
+            seed=job.seed,
+            rate=rate,
+            test=test_of(job.task),
+            before=base_scores(model, job.task),
+        )
+        tuned.save(folder / "tuned")
+        print(tuned)
+        print(tuned.curve.round(4).to_string(index=False))
+        log.info("%s: rate %.0f s, arm %.0f s", job.name, chosen - start, time.monotonic() - chosen)
+    tuned = la.Tuned.load(folder / "tuned")
+    if not (folder / "adapter").is_dir():
+        la.write_adapter(tuned, folder / "adapter", base=MODEL)
+    if not tuned.exploded:
+        with la.tuned_weights(model, tuned):
+            control_scores(model, folder / "controls")
+    about = {"block": job.block, "size": job.size, "kind": job.kind, "seconds": time.monotonic() - start}
+    write_text_atomically(folder / "done.json", json.dumps(about | {"name": job.name}, indent=1))
+    log.info("%s done in %.0f s", job.name, time.monotonic() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("blocks", nargs="*", help="blocks to run; all by default")
+    asked = parser.parse_args().blocks
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    jobs = [job for job in campaign() if not asked or job.block in asked]
+    model = la.load_model(MODEL, dtype="float32")
+    for name in ("goemotions", *CONTROLS):
+        print(base_scores(model, name))
+    print(base_scores(model, "goemotions").calibrated())
+    for i, job in enumerate(jobs):
+        log.info("%d of %d: %s", i + 1, len(jobs), job.name)
+        run(model, job)
+
+
+if __name__ == "__main__":
+    main()

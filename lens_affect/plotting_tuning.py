@@ -1,0 +1,126 @@
+"""Module tables in, plotly figures out: what each arm keeps of the gain of tuning everything, and how arms learn. Intervals are always drawn."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from lens_affect.module_table import ModuleTable, mean_curve
+from lens_affect.style import PALETTE, draw_band, set_layout
+
+ARM_COLOURS = {
+    "gate": "#D55E00",
+    "up": "#0072B2",
+    "down": "#56B4E9",
+    "attention": "#009E73",
+    "all": "#000000",
+    "random": "#7F7F7F",
+    "q": "#E69F00",
+    "k": "#CC79A7",
+}
+"""Colour of an arm by the first word of its label; the gate's is the same as in the figures of patching."""
+
+
+def _colour(label: str) -> str:
+    return ARM_COLOURS.get(label.replace(",", " ").split()[0], PALETTE[-1])
+
+
+def plot_retention(tables: ModuleTable | Mapping[str, ModuleTable], *, title: str | None = None) -> go.Figure:
+    """Share of the gain of tuning everything that each arm keeps, with its interval; its share of the parameters and of the tuned score beside it.
+
+    Args:
+        tables: one, or several by name (equal rank, equal size, another measure); each name gets a group of bars.
+        title: a finding; by default the gate against its best sibling in the first table.
+
+    Raises:
+        ValueError: no table, or none with a retention.
+    """
+    several = {"": tables} if isinstance(tables, ModuleTable) else dict(tables)
+    rows = [t.arms[t.arms["arm"] != t.reference].assign(group=name) for name, t in several.items()]
+    shown: Any = pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
+    if shown.empty or bool(shown["retention"].isna().all()):
+        raise ValueError(
+            "received no arm with a retention; the reference arm must be there and must have gained for certain"
+        )
+    place = [list(shown["group"]), list(shown["arm"])] if len(several) > 1 else list(shown["arm"])
+    figure = go.Figure()
+    figure.add_bar(
+        x=place,
+        y=shown["retention"],
+        marker_color=[_colour(a) for a in shown["arm"]],
+        error_y={
+            "array": shown["retention_high"] - shown["retention"],
+            "arrayminus": shown["retention"] - shown["retention_low"],
+            "color": "#444444",
+        },
+        name="share of the gain (95 % over seeds and examples)",
+        showlegend=False,
+    )
+    for column, symbol, name, scale in (
+        ("share_of_parameters", "line-ew", "share of the parameters", 1.0),
+        ("percent_of_tuned", "circle-open", "share of the tuned score (the paper's number)", 100.0),
+    ):
+        marker = {"symbol": symbol, "size": 18 if symbol == "line-ew" else 9, "color": "#000000", "line": {"width": 2}}
+        figure.add_scatter(x=place, y=shown[column] / scale, mode="markers", marker=marker, name=name)
+    figure.add_hline(y=1, line_dash="dot", line_color="#7F7F7F")
+    first = next(iter(several.values()))
+    set_layout(
+        figure, title or _retention_title(first), "arm", f"share of what {first.reference} gains ({first.metric})"
+    )
+    return figure
+
+
+def _retention_title(table: ModuleTable) -> str:
+    arms: Any = table.arms[(table.arms["arm"] != table.reference) & table.arms["retention"].notna()]
+    gates = arms[arms["arm"].str.startswith("gate")]
+    others = arms[~arms["arm"].str.startswith("gate")].sort_values("retention")
+    start = f"{table.provenance.title}: "
+    if gates.empty or others.empty:
+        best = arms.sort_values("retention").iloc[-1]
+        return f"{start}{best['arm']} keeps most of the gain ({best['retention']:.2f})"
+    gate, other = gates.iloc[0], others.iloc[-1]
+    pair: Any = table.contrast(gate["arm"], other["arm"])
+    seen = "no difference was seen" if pair["low"] <= 0 <= pair["high"] else "the difference is beyond chance"
+    return (
+        f"{start}{gate['arm']} keeps {gate['retention']:.2f} of the gain, {other['arm']} {other['retention']:.2f}; {seen}"
+        f"<br>(difference {pair['difference']:+.3f} [{pair['low']:+.3f}, {pair['high']:+.3f}] in {table.metric}; "
+        f"detectable {pair['detectable']:.3f})"
+    )
+
+
+def plot_learning(curves: pd.DataFrame, *, column: str = "validation_loss", title: str | None = None) -> go.Figure:
+    """Validation loss over steps of every arm: mean over seeds, band from the lowest to the highest seed.
+
+    Args:
+        curves: of module_table.learning_curves.
+        column: `validation_loss`, `validation_exact` or `train_loss`.
+        title: a finding; by default the arm that is best at its last step.
+
+    Raises:
+        ValueError: no curves, or an unknown column.
+    """
+    allowed: Sequence[str] = ("validation_loss", "validation_exact", "train_loss")
+    if column not in allowed or curves.empty:
+        raise ValueError(
+            f"received column {column!r} and {len(curves)} rows; allowed are {list(allowed)} of at least one run"
+        )
+    table = mean_curve(curves, column).dropna()
+    figure, dashes, seen = go.Figure(), ("solid", "dash", "dot"), dict[str, int]()
+    for arm, part in table.groupby("arm", sort=False):
+        colour = _colour(str(arm))
+        again = seen.get(colour, 0)
+        seen[colour] = again + 1
+        x = part["step"].to_numpy()
+        draw_band(figure, x, part["lowest"].to_numpy(), part["highest"].to_numpy(), colour, None)
+        line = {"color": colour, "dash": dashes[again % len(dashes)]}
+        figure.add_scatter(x=x, y=part["mean"], mode="lines+markers", line=line, name=str(arm))
+    last: Any = table.sort_values("step").groupby("arm").last()["mean"]
+    best = last.idxmax() if column == "validation_exact" else last.idxmin()
+    n = max(curves.groupby("arm")["seed"].nunique().tolist())
+    heading = title or f"{best} ends lowest: {np.round(last[best], 3)}; bands: lowest to highest of up to {n} seeds"
+    if title is None and column == "validation_exact":
+        heading = heading.replace("lowest:", "highest:", 1)
+    set_layout(figure, heading, "training steps", column.replace("_", " "))
+    return figure

@@ -1,0 +1,48 @@
+"""What must be true: every arm is drawn with its interval, and the default title says what the table says."""
+
+import pytest
+
+from lens_affect.module_table import compare_arms, learning_curves
+from lens_affect.plotting_tuning import ARM_COLOURS, plot_learning, plot_retention
+from tests.planted_runs import campaign
+
+ARMS = {"all": (0.6, 400), "gate, rank 4": (0.45, 100), "up, rank 4": (0.55, 100)}
+
+
+def test_retention_bars_have_intervals_and_both_shares_beside_them():
+    table = compare_arms(campaign(ARMS, n=2000), reference="all")
+    figure = plot_retention(table)
+    bars = figure.data[0]
+    assert list(bars.x) == ["gate, rank 4", "up, rank 4"]
+    assert (bars.error_y.array > 0).all()
+    assert list(bars.marker.color) == [ARM_COLOURS["gate"], ARM_COLOURS["up"]]
+    assert {trace.name for trace in figure.data[1:]} == {
+        "share of the parameters",
+        "share of the tuned score (the paper's number)",
+    }
+    assert "beyond chance" in figure.layout.title.text
+
+
+def test_several_tables_are_drawn_in_groups():
+    table = compare_arms(campaign(ARMS), reference="all")
+    figure = plot_retention({"equal rank": table, "equal size": table}, title="both")
+    assert set(figure.data[0].x[0]) == {"equal rank", "equal size"}
+    assert figure.layout.title.text == "both"
+
+
+def test_without_a_reference_there_is_nothing_to_draw():
+    table = compare_arms(campaign({"gate": (0.5, 1)}), reference="all")
+    with pytest.raises(ValueError, match="no arm with a retention"):
+        plot_retention(table)
+    with pytest.raises(ValueError, match="no arm with a retention"):
+        plot_retention({})
+
+
+def test_learning_curves_have_one_line_and_one_band_per_arm():
+    curves = learning_curves(campaign(ARMS))
+    figure = plot_learning(curves)
+    assert [t.name for t in figure.data if t.mode == "lines+markers"] == list(ARMS)
+    assert "ends lowest" in figure.layout.title.text
+    assert "ends highest" in plot_learning(curves, column="validation_exact").layout.title.text
+    with pytest.raises(ValueError, match="received column 'loss'"):
+        plot_learning(curves, column="loss")
