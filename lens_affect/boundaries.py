@@ -268,7 +268,9 @@ def compare_onsets(
         labels = damage_labels(dose, (thresholds or {}).get(model) or Thresholds.of(dose))
         again = dose.column("kind") == UNSTEERED[1]  # the first sample is its own reference
         for kind in (k for k in dose.kinds if k in ("steered", "random")):
-            cells = [_Cell.of(dose, kind, s) for s in strengths]
+            cells = [cell for s in strengths if len((cell := _Cell.of(dose, kind, s)).rows)]
+            if len(cells) < 2:
+                continue
             named = {"any": labels != "sound"} | {d: labels == d for d in ("repetitive_collapse", "explosive")}
             rows += [
                 {"model": model, "damage": name, "kind": kind}

@@ -252,6 +252,8 @@ def plot_onsets(found: Onsets, *, title: str | None = None) -> go.Figure:
     for i, model in enumerate(models):
         for kind, dash in (("steered", "solid"), ("random", "dot")):
             own = pd.DataFrame(found.shares[(found.shares["model"] == model) & (found.shares["kind"] == kind)])
+            if own.empty:
+                continue
             figure.add_scatter(
                 x=own["change"], y=own["any"], mode="lines+markers", name=f"{model}, {kind}", line={"color": colours[i % len(colours)], "dash": dash},
                 hovertemplate=f"{model}, {kind}, change %{{x:.2f}}: %{{y:.2f}}<extra></extra>",

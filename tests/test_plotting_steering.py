@@ -1,11 +1,30 @@
 """Figures of steering: what is drawn is what was measured, with thresholds and random directions."""
 
-import numpy as np
-import pytest
+from dataclasses import replace
 
-from lens_affect.plotting_steering import MEASURES, REGIME_COLOURS, plot_dose, plot_regimes
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lens_affect.boundaries import compare_onsets
+from lens_affect.inside import InsideOutside
+from lens_affect.plotting_steering import (
+    MEASURES,
+    REGIME_COLOURS,
+    plot_dose,
+    plot_inside,
+    plot_onsets,
+    plot_regimes,
+    plot_scripts,
+    plot_verification,
+)
 from lens_affect.regimes import REGIMES, classify_regimes
-from tests.test_regimes import CELLS, judged, planted
+from lens_affect.results import Provenance
+from lens_affect.steering_study import SteeringStudy
+from lens_affect.verification import verify_steering
+from tests.test_regimes import CELLS, RULE, judged, planted
+from tests.test_verification import judgement_of, swept
 
 
 @pytest.mark.parametrize("measure", list(MEASURES))
@@ -40,3 +59,75 @@ def test_a_regime_map_shows_every_cell_with_its_probability():
     assert all(float(t) > 0.9 for t in heat.text[0])
     assert "of 5 cells:" in figure.layout.title.text
     assert set(REGIME_COLOURS) == set(REGIMES)
+
+
+def test_a_verification_shows_rates_with_intervals_beside_random_directions():
+    dose = swept(strengths=(0.2, 0.4))
+    found = verify_steering(dose, judgement_of(dose, steered=0.5, random=0.0), thresholds=RULE)
+    figure = plot_verification(found)
+    table = found.to_frame().query("criterion == 'rises' and pull == 'all'")
+    drawn = {d.name: d for d in figure.data}
+    np.testing.assert_allclose(drawn["steered: rises"].y, table["rate"])
+    np.testing.assert_allclose(drawn["steered: rises"].error_y.array, table["high"] - table["rate"])
+    np.testing.assert_allclose(drawn["random directions: rises"].y, table["random"])
+    assert "target rises in 24 of 24 scenarios" in figure.layout.title.text
+
+
+def test_scripts_are_drawn_dose_by_dose():
+    dose = planted(CELLS)
+    rows = dose.table.copy()
+    rows.loc[(rows["kind"] == "steered") & (rows["strength"] == 0.4), "text"] = "快乐"
+    dose = replace(dose, table=rows)
+    study = SteeringStudy(dose, judged(dose, {}), classify_regimes(dose, thresholds=RULE))
+    drawn = {d.name: d for d in plot_scripts(study).data}
+    foreign = dict(zip(drawn["steered"].x, drawn["steered"].y, strict=True))
+    assert foreign[0.4] == 1.0
+    assert foreign[0.2] == 0.0
+    assert (
+        "foreign letters in 1.00 of the texts at +0.4, in 0.00 without steering"
+        in plot_scripts(study).layout.title.text
+    )
+
+
+def test_onsets_are_drawn_over_the_achieved_change():
+    found = compare_onsets({"m": planted(CELLS)}, thresholds={"m": RULE})
+    own = found.shares.query("kind == 'steered'")
+    drawn = {d.name: d for d in plot_onsets(found).data}
+    np.testing.assert_allclose(drawn["m, steered"].x, own["change"])
+    np.testing.assert_allclose(drawn["m, steered"].y, own["any"])
+    assert "m: half of the texts" in plot_onsets(found).layout.title.text
+
+
+def test_behaviour_and_inside_are_drawn_with_their_null():
+    rows = [
+        ["steered", "sad", 0.4, 0.1, 0.6, 0.5, -0.3, 0.3, 0.01, 0.02, 48, 12],
+        ["random", "sad", float("nan"), *[float("nan")] * 7, 12, 12],
+    ]
+    columns = [
+        "texts",
+        "emotion",
+        "rho",
+        "low",
+        "high",
+        "rho_pooled",
+        "null_low",
+        "null_high",
+        "p",
+        "p_family",
+        "n",
+        "n_prompts",
+    ]
+    found = InsideOutside(
+        pd.DataFrame(rows, columns=columns),
+        torch.zeros(2, 1),
+        ("sad",),
+        3,
+        100,
+        "a judge",
+        "neutral",
+        Provenance(model="planted"),
+    )
+    band, dots = plot_inside(found).data
+    assert (band.y[0], band.error_y.array[0]) == (0.0, pytest.approx(0.3))
+    assert (dots.y[0], dots.error_y.array[0]) == (0.4, pytest.approx(0.2))
+    assert "steered 0.40" in plot_inside(found).layout.title.text
