@@ -22,6 +22,7 @@
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -227,6 +228,28 @@ for name in LAYERS:
 # %%
 for name, study in studies.items():
     save(la.plot_scripts(study), f"scripts_{name}", study.dose).show()
+
+# %% [markdown]
+# ## Foreign tokens at the steered layer
+#
+# What the directions that were added bring up through the unembedding; 04_foreign_tokens has the middle layer and the languages one by one.
+
+# %%
+if not QUICK:
+    for name, study in studies.items():
+        at = {"layer": LAYERS[name]}
+        scripts = kept(
+            la.ScriptTable,
+            f"{name}/scripts",
+            lambda name=name, at=at: la.script_entanglement(loaded(name), vectors[name], **at),
+        )
+        meaning = kept(
+            la.MeaningTable,
+            f"{name}/meaning",
+            lambda name=name, at=at: la.foreign_meaning(loaded(name), vectors[name], **at),
+        )
+        studies[name] = replace(study, scripts=scripts, meaning=meaning)
+        print(scripts, meaning, sep="\n", end="\n\n")
 
 # %% [markdown]
 # ## Claims against these runs

@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from lens_affect.judgements import judge_texts as judge_texts
     from lens_affect.judges import Judge as Judge
     from lens_affect.judges import load_judge as load_judge
+    from lens_affect.labelled_texts import load_labelled_texts as load_labelled_texts
     from lens_affect.languages import TransferTable as TransferTable
     from lens_affect.languages import language_transfer as language_transfer
     from lens_affect.lexical import LexicalBar as LexicalBar
@@ -295,6 +296,7 @@ _HOME = {
     "lexical_bar": "lexical",
     "load_emotion_words": "meaning",
     "load_judge": "judges",
+    "load_labelled_texts": "labelled_texts",
     "load_model": "models",
     "load_pairs": "contrasts",
     "load_prompts": "stimuli",
