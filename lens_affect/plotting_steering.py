@@ -277,32 +277,40 @@ def plot_inside(found: InsideOutside, *, title: str | None = None) -> go.Figure:
         found: of correlate_inside.
         title: a finding; by default the mean correlation of each set.
     """
-    figure = go.Figure()
-    colours = {"unsteered": "#7F7F7F", "steered": "#0072B2", "random": "#000000"}
-    means = []
-    for texts in dict.fromkeys(found.table["texts"]):
-        own = pd.DataFrame(found.table[(found.table["texts"] == texts) & found.table["rho"].notna()])
-        if own.empty:
-            continue
-        rho, low, high = (own[c].to_numpy(float) for c in ("rho", "low", "high"))
-        means.append(f"{texts} {rho.mean():.2f}")
-        # Centred on the estimate of the null so that the bar is the band of relabellings.
-        middle = (own["null_low"].to_numpy(float) + own["null_high"].to_numpy(float)) / 2
-        figure.add_scatter(
-            x=own["emotion"], y=middle, mode="markers", showlegend=False, hoverinfo="skip", marker={"size": 1, "color": "#CCCCCC"},
-            error_y={"type": "data", "array": own["null_high"].to_numpy(float) - middle, "color": "#DDDDDD", "thickness": 8, "width": 0},
-        )  # fmt: skip
-        figure.add_scatter(
-            x=own["emotion"], y=rho, mode="markers", name=texts, marker={"color": colours[str(texts)], "size": 9},
-            error_y={"type": "data", "symmetric": False, "array": high - rho, "arrayminus": rho - low},
-            hovertemplate=f"{texts}, %{{x}}: %{{y:.2f}}<extra></extra>",
-        )  # fmt: skip
+    figure, means = go.Figure(), []
+    emotions = list(dict.fromkeys(found.table["emotion"]))
+    # Side by side around the emotion's place, bands of the null below the dots.
+    looks = {"unsteered": ("#7F7F7F", -0.22), "steered": ("#0072B2", 0.0), "random": ("#000000", 0.22)}
+    shown = [(t, found.table[(found.table["texts"] == t) & found.table["rho"].notna()]) for t in looks]
+    for layer in ("null", "found"):
+        for texts, part in shown:
+            own, (colour, shift) = pd.DataFrame(part), looks[texts]
+            if own.empty:
+                continue
+            x = np.array([emotions.index(e) + shift for e in own["emotion"]])
+            rho, low, high, null_low, null_high = (
+                own[c].to_numpy(float) for c in ("rho", "low", "high", "null_low", "null_high")
+            )
+            if layer == "null":
+                middle = (null_low + null_high) / 2
+                figure.add_scatter(
+                    x=x, y=middle, mode="markers", showlegend=False, hoverinfo="skip", marker={"size": 1, "color": "#DDDDDD"},
+                    error_y={"type": "data", "array": null_high - middle, "color": "#DDDDDD", "thickness": 8, "width": 0},
+                )  # fmt: skip
+                continue
+            means.append(f"{texts} {rho.mean():.2f}")
+            figure.add_scatter(
+                x=x, y=rho, mode="markers", name=texts, marker={"color": colour, "size": 8}, customdata=own["emotion"],
+                error_y={"type": "data", "symmetric": False, "array": high - rho, "arrayminus": rho - low},
+                hovertemplate=f"{texts}, %{{customdata}}: %{{y:.2f}}<extra></extra>",
+            )  # fmt: skip
+    figure.update_xaxes(tickvals=list(range(len(emotions))), ticktext=emotions)
     figure.add_hline(y=0, line={"color": "#999999", "width": 1})
     set_layout(
         figure,
         title
         or f"{found.provenance.title}, layer {found.layer}<br>mean correlation of judge and projection: {', '.join(means)}",
         "",
-        "rank correlation within doses (bars: 95 %, prompts resampled)",
+        "rank correlation within doses (bars: 95 %)",
     )
     return figure
