@@ -75,7 +75,7 @@ def fitted(name, topics=slice(None)):
     chosen = list(dict.fromkeys(passages.groups))[topics]
     passages = passages.select(groups=["train", "garden", "school"] if QUICK else chosen)
     if QUICK:
-        passages = passages.select(emotions=["happy", "sad", "loving", "grateful"])
+        passages = passages.select(emotions=["happy", "loving", "calm", "hostile"])
     return la.fit_vectors(la.extract_activations(loaded(name), passages, pooling="mean_without_sinks"))
 
 
@@ -193,8 +193,8 @@ for name in list(LAYERS)[:1]:
         kept(
             la.EmotionVectors, f"{name}/vectors-{half}", lambda name=name, half=half: fitted(name, slice(half, None, 2))
         )
-        for half in (0, 1)
-    ]
+        for half in (() if QUICK else (0, 1))
+    ] or [vectors[name]] * 2
     every = la.load_scenarios("neutral")
     if QUICK:
         every = every.select(rows=range(5))
@@ -217,7 +217,9 @@ for name in list(LAYERS)[:1]:
 
 # %%
 for name in LAYERS:
-    label, samples = la.run_jeong_regime(loaded(name), vectors[name], max_new_tokens=6 if QUICK else 20)
+    label, samples = la.run_jeong_regime(
+        loaded(name), vectors[name], **({"strengths": (0.01,), "max_new_tokens": 4} if QUICK else {})
+    )
     print(f"{name}: {label}")
     for row in samples.itertuples(index=False):
         print(f"  {row.emotion} {row.strength:g}: {' '.join(row.text.split())[:100]}")
