@@ -145,3 +145,23 @@ def empty_cache(monkeypatch):
     with tempfile.TemporaryDirectory() as folder:
         monkeypatch.setenv("LENS_AFFECT_CACHE", folder)
         yield folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A folder with a tiny model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-mistral"
+    make_hf_model("mistral").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def finished(model_folder, tmp_path_factory):
+    """The folder of a finished sweep of that model; tests may add maps and studies to it."""
+    from lens_affect.sweeps import make_spec, run_sweep
+    from tests.test_sweeps import SMALL
+
+    out = tmp_path_factory.mktemp("runs") / "run"
+    run_sweep(make_spec(model=model_folder, **SMALL), out)
+    return str(out)

@@ -13,22 +13,11 @@ import yaml
 from typer.testing import CliRunner
 
 from lens_affect.cli import app
-from lens_affect.steering_study import SteeringStudy
-from lens_affect.sweeps import load_sweep, make_spec, run_sweep
-from tests.test_checkpoint_pairs import changed, save
+from lens_affect.sweeps import load_sweep
 from tests.test_sweeps import SMALL
-from tests.tiny import make_hf_model, make_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 runner = CliRunner()
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny") / "tiny-mistral"
-    make_hf_model("mistral").save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 def test_help_answers_within_a_second():
@@ -60,13 +49,6 @@ def test_a_sweep_prints_the_headline_and_the_path_of_the_report(model_folder, tm
     )
     assert other.exit_code == 2
     assert "n_permutations is 20 there and 30 here" in other.stderr
-
-
-def test_progress_is_shown_and_goes_to_stderr(model_folder, tmp_path):
-    command = ["sweep", model_folder, "--method", "comprehension", "--emotions", "happy,sad", "--score", "nearest_mean"]
-    done = runner.invoke(app, [*command, "--permutations", "20", "--out", str(tmp_path / "run")])
-    assert "activations comprehension: done in" in done.stderr
-    assert "activations comprehension" not in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -112,13 +94,6 @@ def test_the_doctor_prints_a_table_of_checks(model_folder):
     assert "8 of 8 self-checks passed" in done.stdout
     rows = json.loads(runner.invoke(app, ["doctor", model_folder, "--json"]).stdout)
     assert all(row["outcome"] == "passed" for row in rows)
-
-
-@pytest.fixture(scope="module")
-def finished(model_folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "run"
-    run_sweep(make_spec(model=model_folder, **SMALL), out)
-    return str(out)
 
 
 def test_the_scorecard_of_a_run_is_printed_with_its_verdicts(finished):
@@ -200,42 +175,6 @@ def test_a_text_is_explained_with_saved_vectors_or_with_our_passages(model_folde
     assert "received layer 3; allowed are 0 to 2" in other.stderr
 
 
-def test_steer_shows_the_texts_side_by_side(model_folder, finished):
-    command = [
-        "steer",
-        model_folder,
-        "Hello there",
-        "--emotion",
-        "happy",
-        "--vectors",
-        finished,
-        "--tokens",
-        "14",
-        "--quiet",
-    ]
-    done = runner.invoke(app, [*command, "--strength", "0.5,-0.5", "--json"])
-    assert done.exit_code == 0, done.output
-    rows = json.loads(done.stdout)
-    assert [(r["kind"], r["strength"]) for r in rows] == [
-        ("unsteered", 0.0),
-        ("steered", 0.5),
-        ("steered", -0.5),
-        ("random", 0.5),
-        ("random", -0.5),
-    ]
-    assert rows[0]["perplexity_ratio"] == pytest.approx(1)
-    assert all(r["text"] is not None for r in rows)
-    assert "unsteered" in runner.invoke(app, command).stdout
-    wrong = runner.invoke(app, [*command, "--strength", "a lot"])
-    assert wrong.exit_code == 2
-    assert "received --strength 'a lot'; allowed are comma-separated numbers" in wrong.stderr
-    unknown = runner.invoke(
-        app, ["steer", model_folder, "Hello", "--emotion", "hungry", "--vectors", finished, "--quiet"]
-    )
-    assert unknown.exit_code == 2
-    assert "received emotion 'hungry'" in unknown.stderr
-
-
 def test_patch_prints_the_headline_and_saves_map_table_and_figure(model_folder, finished, tmp_path):
     table = "clean,corrupted,clean_words,corrupted_words,group\n"
     table += "".join(
@@ -268,139 +207,3 @@ def test_patch_prints_the_headline_and_saves_map_table_and_figure(model_folder, 
     )
     assert wrong.exit_code == 2
     assert "received site 'mlp.hook_pre'; allowed are" in wrong.stderr
-
-
-def test_regimes_prints_the_study_and_saves_its_parts(model_folder, finished, tmp_path):
-    (tmp_path / "mine.csv").write_text("prompt,emotion\nHello there,happy\nA cat sat,happy\nWhy,happy\n")
-    command = [
-        "regimes",
-        model_folder,
-        "--prompts",
-        str(tmp_path / "mine.csv"),
-        "--emotions",
-        "happy",
-        "--strengths",
-        "0.2,0.8",
-    ]
-    command += ["--judge", "lexicon", "--tokens", "14", "--vectors", finished, "--quiet"]
-    done = runner.invoke(app, [*command, "--out", str(tmp_path / "study")])
-    assert done.exit_code == 0, done.output
-    assert "regimes of 1 emotions at 2 strengths" in done.stdout.replace("\n", " ")
-    assert Path(done.stdout.strip().splitlines()[-1].removeprefix("Figure: ")).is_file()
-    assert (tmp_path / "study" / "regimes.csv").is_file()
-    assert SteeringStudy.load(tmp_path / "study").dose.strengths == (0.2, 0.8)
-    again = runner.invoke(app, [*command, "--out", str(tmp_path / "study")])
-    assert again.exit_code == 2
-    assert "which holds a study" in again.stderr
-    printed = runner.invoke(app, [*command, "--out", str(tmp_path / "study"), "--resume"])
-    assert printed.stdout.splitlines()[0] == done.stdout.splitlines()[0]
-    kept = runner.invoke(app, [*command, "--run", finished, "--json"])
-    assert kept.exit_code == 0, kept.output
-    assert {row["strength"] for row in json.loads(kept.stdout)} == {0.2, 0.8}
-    assert list(load_sweep(finished).steering) == ["neutral"]
-    assert "What happens when you push" in (Path(finished) / "report.html").read_text()
-    unknown = runner.invoke(
-        app, ["regimes", model_folder, "--judge", "my aunt", "--out", str(tmp_path / "x"), "--quiet"]
-    )
-    assert unknown.exit_code == 2
-
-
-@pytest.fixture(scope="module")
-def tuned_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny") / "tuned"
-    save(changed("mistral", gate=0.05, up=0.01), folder, make_tokenizer())
-    return str(folder)
-
-
-def test_delta_prints_where_the_change_is(model_folder, tuned_folder, tmp_path):
-    out = tmp_path / "delta"
-    done = runner.invoke(app, ["delta", model_folder, tuned_folder, "--out", str(out), "--quiet"])
-    assert done.exit_code == 0, done.output
-    assert "most of the change, 96%, is in gate" in " ".join(done.stdout.split())
-    assert {"delta.csv", "delta-figure.html", "manifest.json"} <= {f.name for f in out.iterdir()}
-    again = runner.invoke(app, ["delta", model_folder, tuned_folder, "--out", str(out)])
-    assert again.exit_code == 2
-    rows = json.loads(
-        runner.invoke(
-            app, ["delta", model_folder, tuned_folder, "--norms-only", "--control", tuned_folder, "--json"]
-        ).stdout
-    )
-    assert len(rows) == 21
-    assert {row["ratio_to_control"] for row in rows if row["module"] == "gate"} == {1.0}
-    plan = runner.invoke(app, ["delta", model_folder, tuned_folder, "--plan"])
-    assert "memory at once: at most" in plan.stdout
-    assert (
-        json.loads(runner.invoke(app, ["delta", model_folder, tuned_folder, "--plan", "--json"]).stdout)[0]["n_linear"]
-        == 21
-    )
-    assert "received 'nowhere'" in runner.invoke(app, ["delta", "nowhere", tuned_folder]).stderr
-
-
-def test_transfer_prints_the_loss_of_each_arm(model_folder, tuned_folder, tmp_path):
-    command = ["transfer", model_folder, tuned_folder, "--modules", "gate,attention,all", "--json"]
-    rows = json.loads(runner.invoke(app, [*command, "--out", str(tmp_path / "t.csv")]).stdout)
-    assert [row["modules"] for row in rows] == ["none", "gate", "attention", "all"]
-    assert rows[2]["rise"] == 0
-    assert rows[1]["rise"] != 0
-    assert rows[1]["n"] == 36
-    assert (tmp_path / "t.csv").is_file()
-    wrong = runner.invoke(app, ["transfer", model_folder, tuned_folder, "--modules", "gates"])
-    assert wrong.exit_code == 2
-    assert "received module 'gates'" in wrong.stderr
-
-
-def test_ablate_prints_the_loss_of_each_arm_or_scales_of_equal_damage(model_folder):
-    done = runner.invoke(
-        app, ["ablate", model_folder, "--modules", "gate,up", "--how", "zero", "--scale", "1", "--quiet"]
-    )
-    assert done.exit_code == 0, done.output
-    assert "loss on neutral text" in done.stdout
-    command = ["ablate", model_folder, "--modules", "gate", "--layers", "1", "--target", "0.05", "--json"]
-    rows = json.loads(runner.invoke(app, command).stdout)
-    assert rows[0]["arm"] == "gate"
-    assert rows[0]["reached"] == (abs(rows[0]["rise"] - 0.05) <= 0.0025)
-    assert "received how='burn'" in runner.invoke(app, ["ablate", model_folder, "--how", "burn"]).stderr
-
-
-def test_tune_plans_from_the_config_alone(model_folder, tmp_path):
-    (tmp_path / "config.json").write_text((Path(model_folder) / "config.json").read_text())  # no weights are there
-    command = ["tune", str(tmp_path), "--modules", "gate,attention,q+v", "--plan", "--rank", "8"]
-    done = runner.invoke(app, [*command, "--equal-size"])
-    assert done.exit_code == 0, done.output
-    assert "gate, lora, rank 8: 1,920 weights in 3 maps" in done.stdout
-    assert "attention, lora" in done.stdout
-    assert "memory about" in done.stdout
-    found = json.loads(runner.invoke(app, [*command, "--json"]).stdout)
-    assert [row["arm"] for row in found] == ["gate", "attention", "q+v"]
-
-
-def test_tune_compares_arms_and_goes_on_where_it_was(model_folder, tmp_path):
-    (tmp_path / "mine.csv").write_text(
-        "text,label\n" + "".join(f"Word {i},{'joy' if i % 2 else 'anger'}\n" for i in range(40))
-    )
-    command = ["tune", model_folder, "--task", str(tmp_path / "mine.csv"), "--modules", "gate,all", "--steps", "2"]
-    command += ["--seeds", "0,1", "--rank", "1", "--out", str(tmp_path / "runs"), "--quiet"]
-    done = runner.invoke(app, command)
-    assert done.exit_code == 0, done.output
-    assert "on mine: accuracy" in done.stdout
-    assert "minimum detectable difference" in done.stdout
-    assert (tmp_path / "runs" / "arms.csv").is_file()
-    again = runner.invoke(app, [*command, "--json"])
-    assert [row["arm"] for row in json.loads(again.stdout)] == ["gate", "all"]
-    other = runner.invoke(app, [*command, "--steps", "3"])
-    assert other.exit_code == 2
-    assert "choose another folder" in other.stderr
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--task", "goemotion"], "received task 'goemotion'"),
-        (["--task", "topics", "--modules", "gates"], "received module 'gates'"),
-        (["--task", "topics", "--seeds", "one"], "received --seeds 'one'"),
-    ],
-)
-def test_tune_refuses_wrong_input_with_code_2(model_folder, options, message, tmp_path):
-    done = runner.invoke(app, ["tune", model_folder, *options, "--quiet", "--out", str(tmp_path / "runs")])
-    assert done.exit_code == 2
-    assert message in done.stderr

@@ -1,0 +1,292 @@
+"""Commands of the module laboratory: `lens-affect delta`, `transfer`, `ablate`, `tune`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lens_affect.console import parse_numbers, print_table, reporting_errors, show_progress
+
+WEIGHTS_HELP = "Folder, hub id, catalogue name or GGUF file."
+TUNED_HELP = "The same, or a LoRA adapter's folder or hub id."
+
+
+def delta(
+    base: Annotated[str, typer.Argument(help=WEIGHTS_HELP)],
+    tuned: Annotated[str, typer.Argument(help=TUNED_HELP)],
+    control: Annotated[str, typer.Option(help="A fine-tune of the same base on something that is not affect.")] = "",
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what it takes in memory and time.")] = False,
+    norms_only: Annotated[
+        bool, typer.Option("--norms-only", help="No singular values: no spectral norm, no effective rank.")
+    ] = False,
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="Take an adapter whose config names another base.")
+    ] = False,
+    out: Annotated[
+        str, typer.Option(help="Folder of the result, with tables and a heatmap; nothing is kept by default.")
+    ] = "",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the table of modules and blocks as JSON.")] = False,
+) -> None:
+    """Where a fine-tune changed the weights: every linear module and block, one tensor at a time."""
+    with reporting_errors():
+        from lens_affect.delta_plans import plan_delta
+        from lens_affect.deltas import compare_modules
+
+        if plan:
+            planned = plan_delta(base, tuned, control=control or None, spectrum=not norms_only, any_base=any_base)
+            print(planned.to_frame().to_json(orient="records", indent=1) if json else planned)
+            return
+        _require_new(out)
+        with show_progress(quiet or json) as report, report("compare") as progress:
+            found = compare_modules(
+                base, tuned, control=control or None, spectrum=not norms_only, any_base=any_base, progress=progress
+            )
+        page = None
+        if out:
+            from lens_affect.plotting_modules import plot_delta
+            from lens_affect.style import save_figure
+
+            found.save(out)
+            found.to_frame().to_csv(Path(out) / "delta.csv", index=False)
+            changed = bool(found.to_frame()["share_of_change"].notna().any())
+            page = save_figure(plot_delta(found), Path(out) / "delta-figure", found) if changed else None
+        if json:
+            print(found.to_frame().to_json(orient="records", indent=1))
+            return
+        print_table(found.by_module().round(4), "Change by module")
+        print(found)
+        for note in found.notes:
+            print(f"Note: {note}")
+        if page:
+            print(f"Figure: {page.absolute()}")
+
+
+def _require_new(out: str) -> None:
+    if out and Path(out).exists():
+        raise FileExistsError(f"received the folder {out}, which is there already; choose another with --out")
+
+
+def transfer(
+    base: Annotated[str, typer.Argument(help="The model that is changed: " + WEIGHTS_HELP)],
+    tuned: Annotated[str, typer.Argument(help=TUNED_HELP)],
+    modules: Annotated[
+        str,
+        typer.Option(help="Comma-separated arms: q, k, v, o, gate, up, down, attention, mlp, all; gate+up for a pair."),
+    ] = "attention,gate,up,down,gate+up,all",
+    layers: Annotated[str, typer.Option(help="Comma-separated 0-based blocks; all by default.")] = "",
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="Take an adapter whose config names another base.")
+    ] = False,
+    out: Annotated[str, typer.Option(help="CSV file for the table; nothing is kept by default.")] = "",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Put modules of a tuned model into the base, arm by arm, and measure the next-token loss on neutral text."""
+    with reporting_errors():
+        from lens_affect.damage import neutral_loss
+        from lens_affect.models import load_model
+        from lens_affect.transfers import transfer_modules
+
+        _require_new(out)
+        blocks = parse_numbers(layers, int, "--layers") or None
+        with show_progress(quiet or json) as report:
+            with report("load the base"):
+                model = load_model(base, dtype="float32")
+            before = neutral_loss(model)
+            rows = [_loss_row("none", 0.0, before, None)]
+            with report("transfer") as progress:
+                arms = [arm for arm in modules.split(",") if arm.strip()]
+                for i, arm in enumerate(arms):
+                    with transfer_modules(model, tuned, modules=arm, layers=blocks, any_base=any_base) as found:
+                        rows.append(_loss_row(arm, found.share, neutral_loss(model), before))
+                    progress(i + 1, len(arms))
+        _show_losses(rows, f"{base} with modules of {tuned}: loss on neutral text, nats per token", out, json)
+
+
+def ablate(
+    model: Annotated[str, typer.Argument(help=WEIGHTS_HELP)],
+    modules: Annotated[
+        str,
+        typer.Option(help="Comma-separated arms: q, k, v, o, gate, up, down, attention, mlp, all; gate+up for a pair."),
+    ] = "attention,gate,up,down",
+    layers: Annotated[str, typer.Option(help="Comma-separated 0-based blocks; all by default.")] = "",
+    how: Annotated[str, typer.Option(help="base, random_equal_norm, mean, shuffle or zero.")] = "random_equal_norm",
+    base: Annotated[str, typer.Option(help="What the model was tuned from, for base and random_equal_norm.")] = "",
+    scale: Annotated[
+        float, typer.Option(help="Share of the way to the target; for random_equal_norm the c of c |W|.")
+    ] = 0.1,
+    target: Annotated[
+        float, typer.Option(help="Rise of the loss in nats per token that every arm is brought to; overrides --scale.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of random weights and orders.")] = 0,
+    out: Annotated[str, typer.Option(help="CSV file for the table; nothing is kept by default.")] = "",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Ablate modules, arm by arm, and measure the next-token loss on neutral text; --target finds scales of equal damage."""
+    with reporting_errors():
+        from lens_affect.ablations import ablate_modules
+        from lens_affect.damage import equal_damage, neutral_loss
+        from lens_affect.models import load_model
+
+        _require_new(out)
+        blocks = parse_numbers(layers, int, "--layers") or None
+        arms = [arm.strip() for arm in modules.split(",") if arm.strip()]
+        options: dict[str, Any] = {"layers": blocks, "how": how, "base": base or None, "seed": seed}
+        with show_progress(quiet or json) as report:
+            with report("load the model"):
+                lens = load_model(model, dtype="float32")
+            with report("ablate") as progress:
+                if target:
+                    found = equal_damage(lens, arms=arms, target=target, progress=progress, **options)
+                else:
+                    before = neutral_loss(lens)
+                    rows = [_loss_row("none", 0.0, before, None, "scale")]
+                    for i, arm in enumerate(arms):
+                        with ablate_modules(lens, modules=arm, scale=scale, **options):
+                            rows.append(_loss_row(arm, scale, neutral_loss(lens), before, "scale"))
+                        progress(i + 1, len(arms))
+        if target:
+            if out:
+                found.to_frame().to_csv(out, index=False)
+            if json:
+                print(found.to_frame().to_json(orient="records", indent=1))
+                return
+            print_table(found.to_frame().round(4), "Scales of equal damage")
+            print(found)
+            return
+        _show_losses(rows, f"{model} ablated by {how}: loss on neutral text, nats per token", out, json)
+
+
+def _loss_row(arm: str, size: float, loss: Any, before: Any, name: str = "share") -> dict[str, Any]:
+    """Mean loss over texts, and its rise with a 95 % interval over texts."""
+    import math
+
+    from lens_affect.statistics import mean_interval
+
+    rise = None if before is None else mean_interval(loss - before)
+    limits = (math.nan,) * 3 if rise is None else (float(rise.estimate), float(rise.low), float(rise.high))
+    return {
+        "modules": arm,
+        name: size,
+        "loss": float(loss.mean()),
+        **dict(zip(("rise", "low", "high"), limits, strict=True)),
+        "n": len(loss),
+    }
+
+
+def _show_losses(rows: list[dict[str, Any]], title: str, out: str, json: bool) -> None:
+    import pandas as pd
+
+    table = pd.DataFrame(rows)
+    if out:
+        table.to_csv(out, index=False)
+    if json:
+        print(table.to_json(orient="records", indent=1))
+        return
+    shown = table.round(4)
+    print_table(shown.astype(object).where(shown.notna(), ""), title)
+
+
+def tune(
+    model: Annotated[str, typer.Argument(help="Catalogue name, hub id, folder or GGUF file.")],
+    task: Annotated[
+        str, typer.Option(help="A task of ours (an unknown name lists them), or a table with columns text, label.")
+    ] = "goemotions",
+    modules: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated arms: q, k, v, o, gate, up, down, attention, mlp, all, none, random; q+v is one arm."
+        ),
+    ] = "gate,up,attention,all",
+    method: Annotated[str, typer.Option(help="lora or full.")] = "lora",
+    rank: Annotated[int, typer.Option(help="Of LoRA.")] = 4,
+    equal_size: Annotated[
+        bool, typer.Option("--equal-size", help="Every arm but all trains as many weights as the gate at this rank.")
+    ] = False,
+    steps: Annotated[int, typer.Option(help="Training steps of 16 rows.")] = 100,
+    seeds: Annotated[str, typer.Option(help="Comma-separated; one run of each arm per seed.")] = "0,1,2",
+    n_test: Annotated[int, typer.Option("--test", help="Test rows; as many as there are if fewer.")] = 2000,
+    max_words: Annotated[int, typer.Option(help="Longest text of GoEmotions and MELD; 0 for any.")] = 16,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what memory and time it will take, from the config alone, and stop.")
+    ] = False,
+    out: Annotated[
+        str, typer.Option(help="Folder of the runs; runs/MODEL-tune-TASK by default. Finished runs are kept.")
+    ] = "",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+) -> None:
+    """Tune single modules on a task, at equal rank or equal size, and compare what each keeps of tuning all of them."""
+    with reporting_errors():
+        import pandas as pd
+
+        arms = tuple(part.strip() for part in modules.split(",") if part.strip())
+        chosen = parse_numbers(seeds, int, "--seeds")
+        if plan:
+            plans = _tuning_plans(model, arms, method, rank, equal_size, steps, n_test)
+            if json:
+                print(pd.concat([p.to_frame() for p in plans]).to_json(orient="records", indent=1))
+                return
+            for planned in plans:
+                print(planned)
+            print(f"{len(chosen)} seeds: {len(chosen)} times the time of each arm")
+            return
+        from lens_affect.models import load_model
+        from lens_affect.module_table import compare_arms
+        from lens_affect.tasks import load_task
+        from lens_affect.tuning import run_arms
+
+        learned = load_task(task, max_words=max_words or None)
+        folder = Path(out or Path("runs") / f"{Path(model).name}-tune-{learned.name}")
+        with show_progress(quiet or json) as report:
+            with report("load the model"):
+                lens = load_model(model, dtype="float32")
+            runs = run_arms(
+                *(lens, learned),
+                modules=arms,
+                seeds=chosen,
+                method=method,
+                rank=rank,
+                equal_size=equal_size,
+                steps=steps,
+                n_test=min(n_test, len(learned.examples("test"))),
+                folder=folder,
+                report=report,
+            )
+        table = compare_arms(runs, reference="all")
+        table.to_frame().to_csv(folder / "arms.csv", index=False)
+        table.contrasts.to_csv(folder / "contrasts.csv", index=False)
+        if json:
+            print(table.to_frame().to_json(orient="records", indent=1))
+            return
+        print(table)
+        shown = [
+            "arm",
+            "n_parameters",
+            "n_seeds",
+            "score",
+            "low",
+            "high",
+            "retention",
+            "percent_of_tuned",
+            "cpu_seconds",
+        ]
+        print_table(table.to_frame()[shown].round(3), table.task)
+        print(f"Runs: {folder.absolute()}")
+
+
+def _tuning_plans(
+    model: str, arms: tuple[str, ...], method: str, rank: int, equal_size: bool, steps: int, n_test: int
+) -> list[Any]:
+    """One plan per arm, from a config; of a hub model only the config is fetched."""
+    from lens_affect.tuning import arm_size
+    from lens_affect.tuning_plans import locate_config, plan_tuning
+
+    config = locate_config(model)
+    plans = []
+    for arm in arms:
+        size: dict[str, Any] = arm_size(config, arm, method, rank, equal_size)
+        plans.append(plan_tuning(config, arm, method=method, steps=steps, n_test=n_test, **size))
+    return plans

@@ -1,0 +1,115 @@
+"""Commands of the module laboratory: what they print and save, and wrong input."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lens_affect.cli import app
+from tests.test_checkpoint_pairs import changed, save
+from tests.tiny import make_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def tuned_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "tuned"
+    save(changed("mistral", gate=0.05, up=0.01), folder, make_tokenizer())
+    return str(folder)
+
+
+def test_delta_prints_where_the_change_is(model_folder, tuned_folder, tmp_path):
+    out = tmp_path / "delta"
+    done = runner.invoke(app, ["delta", model_folder, tuned_folder, "--out", str(out), "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert "most of the change, 96%, is in gate" in " ".join(done.stdout.split())
+    assert {"delta.csv", "delta-figure.html", "manifest.json"} <= {f.name for f in out.iterdir()}
+    again = runner.invoke(app, ["delta", model_folder, tuned_folder, "--out", str(out)])
+    assert again.exit_code == 2
+    rows = json.loads(
+        runner.invoke(
+            app, ["delta", model_folder, tuned_folder, "--norms-only", "--control", tuned_folder, "--json"]
+        ).stdout
+    )
+    assert len(rows) == 21
+    assert {row["ratio_to_control"] for row in rows if row["module"] == "gate"} == {1.0}
+    plan = runner.invoke(app, ["delta", model_folder, tuned_folder, "--plan"])
+    assert "memory at once: at most" in plan.stdout
+    assert (
+        json.loads(runner.invoke(app, ["delta", model_folder, tuned_folder, "--plan", "--json"]).stdout)[0]["n_linear"]
+        == 21
+    )
+    assert "received 'nowhere'" in runner.invoke(app, ["delta", "nowhere", tuned_folder]).stderr
+
+
+def test_transfer_prints_the_loss_of_each_arm(model_folder, tuned_folder, tmp_path):
+    command = ["transfer", model_folder, tuned_folder, "--modules", "gate,attention,all", "--json"]
+    rows = json.loads(runner.invoke(app, [*command, "--out", str(tmp_path / "t.csv")]).stdout)
+    assert [row["modules"] for row in rows] == ["none", "gate", "attention", "all"]
+    assert rows[2]["rise"] == 0
+    assert rows[1]["rise"] != 0
+    assert rows[1]["n"] == 36
+    assert (tmp_path / "t.csv").is_file()
+    wrong = runner.invoke(app, ["transfer", model_folder, tuned_folder, "--modules", "gates"])
+    assert wrong.exit_code == 2
+    assert "received module 'gates'" in wrong.stderr
+
+
+def test_ablate_prints_the_loss_of_each_arm_or_scales_of_equal_damage(model_folder):
+    done = runner.invoke(
+        app, ["ablate", model_folder, "--modules", "gate,up", "--how", "zero", "--scale", "1", "--quiet"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "loss on neutral text" in done.stdout
+    command = ["ablate", model_folder, "--modules", "gate", "--layers", "1", "--target", "0.05", "--json"]
+    rows = json.loads(runner.invoke(app, command).stdout)
+    assert rows[0]["arm"] == "gate"
+    assert rows[0]["reached"] == (abs(rows[0]["rise"] - 0.05) <= 0.0025)
+    assert "received how='burn'" in runner.invoke(app, ["ablate", model_folder, "--how", "burn"]).stderr
+
+
+def test_tune_plans_from_the_config_alone(model_folder, tmp_path):
+    (tmp_path / "config.json").write_text((Path(model_folder) / "config.json").read_text())  # no weights are there
+    command = ["tune", str(tmp_path), "--modules", "gate,attention,q+v", "--plan", "--rank", "8"]
+    done = runner.invoke(app, [*command, "--equal-size"])
+    assert done.exit_code == 0, done.output
+    assert "gate, lora, rank 8: 1,920 weights in 3 maps" in done.stdout
+    assert "attention, lora" in done.stdout
+    assert "memory about" in done.stdout
+    found = json.loads(runner.invoke(app, [*command, "--json"]).stdout)
+    assert [row["arm"] for row in found] == ["gate", "attention", "q+v"]
+
+
+def test_tune_compares_arms_and_goes_on_where_it_was(model_folder, tmp_path):
+    (tmp_path / "mine.csv").write_text(
+        "text,label\n" + "".join(f"Word {i},{'joy' if i % 2 else 'anger'}\n" for i in range(40))
+    )
+    command = ["tune", model_folder, "--task", str(tmp_path / "mine.csv"), "--modules", "gate,all", "--steps", "2"]
+    command += ["--seeds", "0,1", "--rank", "1", "--out", str(tmp_path / "runs"), "--quiet"]
+    done = runner.invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "on mine: accuracy" in done.stdout
+    assert "minimum detectable difference" in done.stdout
+    assert (tmp_path / "runs" / "arms.csv").is_file()
+    again = runner.invoke(app, [*command, "--json"])
+    assert [row["arm"] for row in json.loads(again.stdout)] == ["gate", "all"]
+    other = runner.invoke(app, [*command, "--steps", "3"])
+    assert other.exit_code == 2
+    assert "choose another folder" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task", "goemotion"], "received task 'goemotion'"),
+        (["--task", "topics", "--modules", "gates"], "received module 'gates'"),
+        (["--task", "topics", "--seeds", "one"], "received --seeds 'one'"),
+    ],
+)
+def test_tune_refuses_wrong_input_with_code_2(model_folder, options, message, tmp_path):
+    done = runner.invoke(app, ["tune", model_folder, *options, "--quiet", "--out", str(tmp_path / "runs")])
+    assert done.exit_code == 2
+    assert message in done.stderr
