@@ -4,14 +4,17 @@
 
 Each arm is a folder below LENS_AFFECT_RUNS/tuning: `tuned` (scores of every example before and after, learning curve, cost, trained weights),
 `adapter` (peft's format) and `controls` (other tasks scored with the same weights). A finished arm is skipped. Arms come in blocks, and within a
-block seed by seed, so that what is there at any time is a balanced comparison. 05_modules.py reads them.
+block seed by seed, so that what is there at any time is a balanced comparison. Several processes may run at once: each takes arms that no other
+one has. 05_modules.py reads them.
 
 Blocks: `equal`, equal rank and equal size (SmolLM2-135M-Instruct, GoEmotions, 27 labels, LoRA rank 4 against the gate's number of weights at rank
-4); `topics` of our passages and `shuffled` labels, controls; `writing`; `rank1`, as `equal` with rank 1; `full`, whole weights. Name blocks to run
-only these. Learning rates are chosen once per kind of arm (seed 0) and kept in rates.json.
+4); `landing`, everything tuned on the control tasks; `topics` of our passages and `shuffled` labels, controls of single modules; `writing`; `rank1`,
+as `equal` with rank 1; `full`, whole weights. Name blocks to run only these. Learning rates are chosen once per kind of arm (seed 0) and kept in
+`rates`.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import logging
@@ -22,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 import lens_affect as la
 from lens_affect.arms import plan_arm
@@ -75,8 +79,11 @@ def campaign() -> list[Job]:
     def writing(seed: int) -> list[Job]:
         return [Job("writing", m, seed, task="writing") for m in ("gate", "up", "attention", "all")]
 
-    jobs = [*equal(0, RANK, "equal"), *equal(1, RANK, "equal"), *controls(0), *writing(0)]
-    jobs += [*equal(2, RANK, "equal"), *controls(1), *writing(1)]
+    def landing(seed: int) -> list[Job]:
+        return [Job("landing", "all", seed, task=task) for task in ("topics", "goemotions_shuffled")]
+
+    jobs = [job for seed in range(3) for job in (*equal(seed, RANK, "equal"), *landing(seed))]
+    jobs += [job for seed in range(2) for job in (*controls(seed), *writing(seed))]
     for seed in range(3):
         jobs += equal(seed, 1, "rank1")
     return jobs + [Job("full", m, 0, method="full") for m in ("gate", "up", "attention")]
@@ -122,21 +129,24 @@ def control_scores(model: Any, folder: Path) -> None:
 def base_scores(model: Any, name: str) -> TaskScores:
     """Of the untuned model, once."""
     folder = RUNS / "base" / name
-    if not (folder / "manifest.json").is_file():
-        task_of(name).score(model, test_of(name), seed=0).save(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "manifest.json").is_file():
+            task_of(name).score(model, test_of(name), seed=0).save(folder)
     return TaskScores.load(folder)
 
 
 def rate_of(model: Any, job: Job) -> float:
     """Learning rate of a kind of arm, chosen with seed 0. Shuffled labels take the one of the true labels: they have nothing to validate on."""
     kind = job.kind.replace("_shuffled", "")
-    path = RUNS / "rates.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if kind not in known:
-        task = task_of(job.task.removesuffix("_shuffled"))
-        known[kind] = la.choose_rate(model, task, **options(job, model), seed=0)
-        write_text_atomically(path, json.dumps(known, indent=1))
-    return known[kind]
+    path = RUNS / "rates" / f"{kind}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):  # another process may be choosing it
+        if not path.is_file():
+            task = task_of(job.task.removesuffix("_shuffled"))
+            found = la.choose_rate(model, task, **options(job, model), seed=0)
+            write_text_atomically(path, json.dumps(found))
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def run(model: Any, job: Job) -> None:
@@ -187,8 +197,9 @@ def main() -> None:
         print(base_scores(model, name))
     print(base_scores(model, "goemotions").calibrated())
     for i, job in enumerate(jobs):
-        log.info("%d of %d: %s", i + 1, len(jobs), job.name)
-        run(model, job)
+        with contextlib.suppress(Timeout), FileLock(RUNS / f"{job.name}.lock", timeout=0):
+            log.info("%d of %d: %s", i + 1, len(jobs), job.name)
+            run(model, job)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,8 @@ if TYPE_CHECKING:
     from lens_affect.judges import Judge as Judge
     from lens_affect.judges import load_judge as load_judge
     from lens_affect.labelled_texts import load_labelled_texts as load_labelled_texts
+    from lens_affect.landing import Landing as Landing
+    from lens_affect.landing import measure_landing as measure_landing
     from lens_affect.languages import TransferTable as TransferTable
     from lens_affect.languages import language_transfer as language_transfer
     from lens_affect.lexical import LexicalBar as LexicalBar
@@ -85,12 +87,18 @@ if TYPE_CHECKING:
     from lens_affect.meaning import foreign_meaning as foreign_meaning
     from lens_affect.meaning import load_emotion_words as load_emotion_words
     from lens_affect.models import load_model as load_model
+    from lens_affect.module_study import ModuleStudy as ModuleStudy
+    from lens_affect.module_study import necessity_sufficiency_efficiency as necessity_sufficiency_efficiency
+    from lens_affect.module_study import study_modules as study_modules
     from lens_affect.module_table import ModuleTable as ModuleTable
     from lens_affect.module_table import compare_arms as compare_arms
     from lens_affect.module_table import learning_curves as learning_curves
     from lens_affect.module_table import load_runs as load_runs
     from lens_affect.neurons import NeuronTable as NeuronTable
     from lens_affect.neurons import top_neurons as top_neurons
+    from lens_affect.part_scores import PartScores as PartScores
+    from lens_affect.part_scores import join_parts as join_parts
+    from lens_affect.part_scores import score_parts as score_parts
     from lens_affect.patching import PatchingMap as PatchingMap
     from lens_affect.patching import patch_sites as patch_sites
     from lens_affect.plotting import plot_anisotropy as plot_anisotropy
@@ -128,6 +136,7 @@ if TYPE_CHECKING:
     from lens_affect.scenarios import load_scenarios as load_scenarios
     from lens_affect.scorecard import Scorecard as Scorecard
     from lens_affect.scorecard import make_scorecard as make_scorecard
+    from lens_affect.scorecard import module_scorecard as module_scorecard
     from lens_affect.scorecard import steering_scorecard as steering_scorecard
     from lens_affect.scores import SCORES as SCORES
     from lens_affect.scoring import score_texts as score_texts
@@ -218,15 +227,18 @@ _HOME = {
     "Intervention": "generation",
     "Judge": "judges",
     "Judgement": "judgements",
+    "Landing": "landing",
     "LayerProjections": "projections",
     "LexicalBar": "lexical",
     "LocalizationCurve": "localization",
     "MeaningTable": "meaning",
     "MethodComparison": "comparison",
     "ModuleDelta": "deltas",
+    "ModuleStudy": "module_study",
     "ModuleTable": "module_table",
     "NeuronTable": "neurons",
     "Onsets": "boundaries",
+    "PartScores": "part_scores",
     "PatchingMap": "patching",
     "Provenance": "results",
     "Push": "steering",
@@ -287,6 +299,7 @@ _HOME = {
     "foreign_meaning": "meaning",
     "generate": "generation",
     "hit_rate": "task_metrics",
+    "join_parts": "part_scores",
     "judge_agreement": "judgements",
     "judge_gate": "gate",
     "judge_names": "judgements",
@@ -315,7 +328,10 @@ _HOME = {
     "mann_whitney": "effects",
     "mean_outputs": "ablations",
     "measure_anisotropy": "anisotropy",
+    "measure_landing": "landing",
     "measure_task": "task_metrics",
+    "module_scorecard": "scorecard",
+    "necessity_sufficiency_efficiency": "module_study",
     "neutral_loss": "damage",
     "open_checkpoint": "checkpoints",
     "open_pair": "checkpoint_pairs",
@@ -351,17 +367,19 @@ _HOME = {
     "resolve_site": "sites",
     "revert_modules": "transfers",
     "run_arms": "tuning",
+    "run_jeong_regime": "regimes",
     "run_study": "study",
     "run_sweep": "sweeps",
-    "run_jeong_regime": "regimes",
     "save_figure": "style",
     "scan_ablations": "selectivity",
+    "score_parts": "part_scores",
     "score_texts": "scoring",
     "script_entanglement": "crosslingual",
     "script_shares": "scripts",
     "set_scores": "task_metrics",
     "steer": "steering",
     "steering_scorecard": "scorecard",
+    "study_modules": "module_study",
     "study_steering": "steering_study",
     "sweep_strengths": "doses",
     "text_languages": "scripts",

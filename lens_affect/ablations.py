@@ -66,6 +66,7 @@ def ablate_modules(
     layers: Sequence[int] | None = None,
     how: str = "base",
     base: Any = None,
+    tuned: Any = None,
     scale: float = 1.0,
     seed: int = 0,
     means: Mapping[str, Tensor] | None = None,
@@ -81,6 +82,8 @@ def ablate_modules(
             is the c of c |W|. `mean`: the module's output is its mean over reference tokens. `shuffle`: its output neurons change places.
             `zero`: its output is 0.
         base: what the model was tuned from, for `base` and `random_equal_norm`: anything that holds weights.
+        tuned: instead of a base, for `random_equal_norm` in the base: what was tuned from the model. The noise then stands where the tuned model's
+            change would.
         scale: share of the way from the weights as they are (0) to the target (1).
         seed: of the streams "ablation", by kind, module and block.
         means: of mean_outputs, to measure them once for several ablations.
@@ -99,7 +102,7 @@ def ablate_modules(
     """
     live = live_weights(model)
     chosen = choose_modules(modules, present=live.checkpoint.modules)
-    _check(how, scale, base, chosen)
+    _check(how, scale, base, tuned, chosen)
     keys = choose_keys(live.checkpoint, chosen, layers)
     blocks = tuple(sorted({live.checkpoint.parts[key].layer for key in keys}))
     size = sum(live.checkpoint.parts[key].size for key in keys)
@@ -111,6 +114,7 @@ def ablate_modules(
             yield Ablation(chosen, blocks, how, scale, size, math.nan)
         return
     pair = open_pair(base, live.checkpoint) if base is not None and how in ("base", "random_equal_norm") else None
+    pair = open_pair(live.checkpoint, tuned, any_base=True) if tuned is not None else pair
     moved = [0.0, 0.0]
 
     def values() -> Iterator[tuple[str, Tensor]]:
@@ -125,7 +129,7 @@ def ablate_modules(
         yield Ablation(chosen, blocks, how, scale, size, math.sqrt(moved[0] / moved[1]))
 
 
-def _check(how: str, scale: float, base: Any, chosen: tuple[str, ...]) -> None:
+def _check(how: str, scale: float, base: Any, tuned: Any, chosen: tuple[str, ...]) -> None:
     if how not in HOWS:
         raise ValueError(f"received how={how!r}; allowed are {list(HOWS)}: choose one")
     largest = LARGEST_SCALE if how == "random_equal_norm" else 1.0
@@ -134,6 +138,11 @@ def _check(how: str, scale: float, base: Any, chosen: tuple[str, ...]) -> None:
     if how == "base" and base is None:
         raise ValueError(
             "received how='base' without a base; pass base=, what the model was tuned from, or choose another kind"
+        )
+    if tuned is not None and (base is not None or how != "random_equal_norm"):
+        raise ValueError(
+            f"received tuned= for how={how!r}{' beside a base' if base is not None else ''}; allowed is one of the two, and tuned= for "
+            "'random_equal_norm' only"
         )
     if not chosen:
         raise ValueError("received no module to ablate; name at least one, such as 'gate'")
@@ -156,8 +165,11 @@ def _ablated(live: LiveWeights, pair: CheckpointPair | None, key: str, how: str,
         order = derive_generator(seed, "ablation", how, stem).permutation(part.shape[0])
         target = now[torch.from_numpy(order)]
     elif pair is not None:
+        if key not in pair.keys:  # an adapter leaves it alone
+            return now
         delta = multiplied(pair.change(key))
-        target = now.float() - delta + _noise(draw, delta)
+        standing = torch.zeros_like(delta) if live.checkpoint is pair.base else delta
+        target = now.float() - standing + _noise(draw, delta)
     elif part.module == "bias":  # c |W| speaks of weights
         target = now
     else:

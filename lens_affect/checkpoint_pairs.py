@@ -12,7 +12,16 @@ from typing import Any
 from torch import Tensor
 
 from lens_affect.checkpoints import Checkpoint, has_lora, locate_weights, open_checkpoint
-from lens_affect.lora import Adapter, LowRank, is_adapter_folder, multiplied, open_adapter_folder, open_adapter_model
+from lens_affect.lora import (
+    Adapter,
+    LowRank,
+    is_adapter_folder,
+    multiplied,
+    open_adapter_folder,
+    open_adapter_model,
+    open_adapter_run,
+)
+from lens_affect.tuned import Tuned
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ def open_pair(base: Any, tuned: Any, *, any_base: bool = False) -> CheckpointPai
 
     Args:
         base: as for checkpoints.open_checkpoint.
-        tuned: the same, or a LoRA adapter: its folder or hub id, or a PeftModel.
+        tuned: the same, or a LoRA adapter (its folder or hub id, or a PeftModel), or a run of tune_module.
         any_base: take an adapter whose config names another base.
 
     Returns:
@@ -108,6 +117,8 @@ def _open_tuned(tuned: Any) -> Checkpoint | Adapter:
         return open_adapter_folder(folder, str(tuned)) if is_adapter_folder(folder) else open_checkpoint(tuned)
     if isinstance(tuned, Adapter):
         return tuned
+    if isinstance(tuned, Tuned):
+        return open_adapter_run(tuned)
     inner = getattr(tuned, "original_model", tuned)
     return open_adapter_model(inner) if has_lora(inner) else open_checkpoint(tuned)
 

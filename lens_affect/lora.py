@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_affect.checkpoints import Part, Store, find_parts, folder_store, plain_name
+from lens_affect.tuned import SCALE, Tuned
 
 CONFIG = "adapter_config.json"
 _REFUSED = {
@@ -137,6 +138,29 @@ def open_adapter_model(model: Any) -> Adapter:
         lambda key, rows: tensors[key].detach()[rows],
     )
     return _assemble(f"LoRA {name!r} in memory", None, config.get("base_model_name_or_path"), config, store)
+
+
+def open_adapter_run(run: Tuned) -> Adapter:
+    """What tune_module trained, as an adapter: LoRA factors, or whole weights that replace the base's.
+
+    Args:
+        run: one run.
+
+    Raises:
+        ValueError: a run that trained nothing.
+    """
+    if not run.trained:
+        raise ValueError(f"received the arm {run.arm.name!r}, which trained nothing; there is no change to read")
+    factors = {name: value for name, value in run.trained.items() if name.endswith(".lora_A.weight")}
+    ranks = {re.escape(name.removesuffix(".lora_A.weight")): value.shape[0] for name, value in factors.items()}
+    config = {"peft_type": "LORA", "r": 1, "rank_pattern": ranks}
+    config["alpha_pattern"] = {name: SCALE * rank for name, rank in ranks.items()}
+    store = Store(
+        {name: tuple(value.shape) for name, value in run.trained.items()},
+        {name: str(value.dtype).removeprefix("torch.") for name, value in run.trained.items()},
+        lambda name, rows: run.trained[name][rows],
+    )
+    return _assemble(f"{run.arm.name} tuned on {run.task}, seed {run.seed}", None, None, config, store)
 
 
 def _measured_config(model: Any, name: str) -> dict[str, Any]:

@@ -287,12 +287,23 @@ def _limits(name: str) -> tuple[str, str]:
 def _ratio(
     name: str, top: Float[np.ndarray, "seed example"], bottom: Float[np.ndarray, "seed example"], groups: Sequence[str]
 ) -> dict[str, float]:
-    """Ratio of two means with the interval of its linear approximation (delta method)."""
+    return dict(zip((name, *_limits(name)), two_way_ratio(top, bottom, groups), strict=True))
+
+
+def two_way_ratio(
+    top: Float[np.ndarray, "seed example"], bottom: Float[np.ndarray, "seed example"], groups: Sequence[str]
+) -> tuple[float, float, float]:
+    """Ratio of two means over seeds and groups of examples with its limits (linear approximation, the delta method).
+
+    Args:
+        top: finite values, one row per seed.
+        bottom: the same; its mean should lie far from 0.
+        groups: of the examples.
+    """
     below = two_way_interval(bottom, groups).estimate
     ratio = two_way_interval(top, groups).estimate / below
     around = two_way_interval((top - ratio * bottom) / below, groups)
-    low, high = _limits(name)
-    return {name: ratio, low: ratio + around.low, high: ratio + around.high}
+    return ratio, ratio + around.low, ratio + around.high
 
 
 def _with_shares(arms: pd.DataFrame, reference: str) -> pd.DataFrame:

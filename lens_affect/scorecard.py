@@ -18,6 +18,8 @@ from lens_affect.activations import Activations
 from lens_affect.catalogue import CATALOGUE
 from lens_affect.effects import mann_whitney, paired_tests
 from lens_affect.localization import LocalizationCurve, localize
+from lens_affect.module_claims import module_rows
+from lens_affect.module_study import ModuleStudy
 from lens_affect.reported import check_effect_size
 from lens_affect.results import Provenance, load_result, save_result
 from lens_affect.shapes import CurveShape
@@ -28,6 +30,7 @@ from lens_affect.stimuli import NEUTRAL
 from lens_affect.sweeps import Sweep
 from lens_affect.verdicts import COLUMNS, FAILS, FAMILIES_NEEDED, HOLDS, OPEN, ModelFacts, by_sign, claim_row
 
+_OF_A_MODEL = ["P4", "P9", "G1"]
 MIDDLE = (0.35, 0.65)
 """Depths that count as the middle (P4)."""
 
@@ -48,7 +51,7 @@ class Scorecard:
     def verdicts(self) -> dict[str, list[str]]:
         """Verdict -> claims; a claim whose rows disagree is named with its source and, with several runs, its model."""
         found: dict[str, list[str]] = {HOLDS: [], FAILS: [], OPEN: []}
-        several = len(set(self.table.loc[self.table["id"].isin(["P4", "P9"]), "model"])) > 1
+        several = len(set(self.table.loc[self.table["id"].isin(_OF_A_MODEL), "model"])) > 1
         for id, rows in self.table.groupby("id", sort=False):
             agree = len(set(rows["verdict"])) == 1
             for verdict, source, model in zip(rows["verdict"], rows["source"], rows["model"], strict=True):
@@ -68,7 +71,7 @@ class Scorecard:
         return load_result(cls, folder)
 
     def __str__(self) -> str:
-        models = ", ".join(dict.fromkeys(self.table.loc[self.table["id"].isin(["P4", "P9"]), "model"]))
+        models = ", ".join(dict.fromkeys(self.table.loc[self.table["id"].isin(_OF_A_MODEL), "model"]))
         parts = [f"{verdict}: {', '.join(ids)}" for verdict, ids in self.verdicts().items() if ids]
         return f"{models}\n" + "; ".join(parts)
 
@@ -76,15 +79,21 @@ class Scorecard:
         return f"<p>{html.escape(str(self)).replace(chr(10), '<br>')}</p>{self.table.round(3).to_html(index=False, border=0)}"
 
 
-def make_scorecard(sweeps: Sweep | Sequence[Sweep], facts: Mapping[str, ModelFacts] | None = None) -> Scorecard:
+def make_scorecard(
+    sweeps: Sweep | Sequence[Sweep],
+    facts: Mapping[str, ModelFacts] | None = None,
+    *,
+    modules: Sequence[ModuleStudy] = (),
+) -> Scorecard:
     """Judge the claims of arXiv:2604.04064 by the runs given: about extraction and localization (P1 to P7), and about steering (P8 to P12) where a run holds a steering study.
 
     Args:
         sweeps: one finished run or several.
         facts: family, tuning and pair by the model name of the run's spec; catalogue models are known.
+        modules: studies of modules, for the claims of arXiv:2601.15906 (G1 to G4).
 
     Returns:
-        The scorecard. Claims about modules are not judged here and have no row.
+        The scorecard. Claims about modules have rows only where a study is given.
 
     Raises:
         ValueError: no run.
@@ -121,6 +130,7 @@ def make_scorecard(sweeps: Sweep | Sequence[Sweep], facts: Mapping[str, ModelFac
     rows.append(_everywhere(shapes, known))
     rows += [_beyond_anisotropy(run, method) for run in runs for method in run.spec.methods if method in run.directions]
     rows += steering_rows([(run.spec.model, study) for run in runs for study in run.steering.values()], known)
+    rows += [row for study in modules for row in module_rows(study)]
     return _scorecard(rows, main_curve(runs[0], runs[0].spec.methods[0]).provenance)
 
 
@@ -142,8 +152,23 @@ def steering_scorecard(
     return _scorecard(steering_rows(list(studies.items()), known), next(iter(studies.values())).dose.provenance)
 
 
+def module_scorecard(studies: ModuleStudy | Sequence[ModuleStudy]) -> Scorecard:
+    """Judge the claims of arXiv:2601.15906 about gate_proj (G1 to G4).
+
+    Args:
+        studies: one study of a model's modules or several (study_modules, necessity_sufficiency_efficiency).
+
+    Raises:
+        ValueError: no study.
+    """
+    several = [studies] if isinstance(studies, ModuleStudy) else list(studies)
+    if not several:
+        raise ValueError("received no study; give at least one (study_modules)")
+    return _scorecard([row for study in several for row in module_rows(study)], several[0].landing.provenance)
+
+
 def _scorecard(rows: list[dict[str, Any]], provenance: Provenance) -> Scorecard:
-    rows = sorted(rows, key=lambda row: int(str(row["id"])[1:]))
+    rows = sorted(rows, key=lambda row: (str(row["id"])[0] != "P", int(str(row["id"])[1:])))
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     for column in ("paper_statistic", "sound_statistic", "low", "high", "null"):
         table[column] = table[column].astype(float)

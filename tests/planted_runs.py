@@ -56,8 +56,9 @@ def run(name, seed, before, after, *, n_parameters=100, exploded=False):
     )
 
 
-def campaign(rates, *, n=400, seeds=3, base=0.2, draw=0):
-    """Arms whose accuracy is planted: {label: share right}; every arm's answers on an example are correlated through a common difficulty."""
+def campaign(rates, *, n=400, seeds=3, base=0.2, draw=0, spread=0.02):
+    """Arms whose accuracy is planted: {label: share right} with an SD of `spread` over seeds; every arm's answers on an example are correlated through a common
+    difficulty."""
     rng = np.random.default_rng(draw)
     difficulty = rng.random(n)
 
@@ -68,7 +69,7 @@ def campaign(rates, *, n=400, seeds=3, base=0.2, draw=0):
     before = answers(base)
     return {
         label: [
-            run(label, seed, before, answers(rate + rng.normal(0, 0.02)), n_parameters=size) for seed in range(seeds)
+            run(label, seed, before, answers(rate + rng.normal(0, spread)), n_parameters=size) for seed in range(seeds)
         ]
         for label, (rate, size) in rates.items()
     }

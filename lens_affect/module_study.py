@@ -1,0 +1,261 @@
+"""Is one module special for affect? Tuned alone, transferred, taken back, and set against siblings of its size and controls, in one call and one folder.
+
+`necessity_sufficiency_efficiency` tunes what has to be tuned and measures the rest; `study_modules` measures runs that are there already.
+"""
+
+import contextlib
+import html
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lens_affect.adapter import model_info
+from lens_affect.arms import plan_arm
+from lens_affect.landing import Landing, measure_landing
+from lens_affect.module_table import ModuleTable, compare_arms
+from lens_affect.part_scores import KINDS, PartScores, join_parts, score_parts
+from lens_affect.sizes import module_shapes
+from lens_affect.task_data import Example
+from lens_affect.tasks import Task
+from lens_affect.tuned import Tuned
+from lens_affect.tuning import arm_size, run_arms
+
+ARMS = ("gate", "up", "down", "attention")
+"""What is compared: the gate, its two siblings of equal size, and all of attention."""
+TRANSFERRED = (*ARMS, "gate+up", "mlp")
+"""What is put alone into the base: the arms and two pairs."""
+PARTS: dict[str, type] = {
+    "equal_rank": ModuleTable,
+    "equal_size": ModuleTable,
+    "landing": Landing,
+    **dict.fromkeys(KINDS, PartScores),
+    "control": ModuleTable,
+    "writing": ModuleTable,
+}
+"""Parts of a study, each a folder; the last two may be missing."""
+Runs = Mapping[str, Sequence[Tuned]]
+Report = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class ModuleStudy:
+    """Everything that was asked about the modules of one model and one affect task."""
+
+    equal_rank: ModuleTable
+    """Single modules tuned with one rank."""
+    equal_size: ModuleTable
+    """Single modules tuned with as many weights as the gate."""
+    landing: Landing
+    """Where tuning everything landed, on the task and on controls."""
+    transfer: PartScores
+    """Each module's change alone in the untuned model."""
+    revert: PartScores
+    """Each module's change taken out of the tuned one."""
+    random_equal_norm: PartScores
+    """Noise in its place."""
+    equal_damage: PartScores
+    """Modules damaged until language has lost the same."""
+    control: ModuleTable | None = None
+    """Single modules tuned on a task without affect."""
+    writing: ModuleTable | None = None
+    """Single modules tuned to write affect."""
+
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Save every part in a folder of its own."""
+        for name in PARTS:
+            part = getattr(self, name)
+            if part is not None:
+                part.save(Path(folder) / name, overwrite=overwrite)
+        return Path(folder)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "ModuleStudy":
+        """Load what `save` wrote.
+
+        Raises:
+            FileNotFoundError: a part that every study has is not there.
+        """
+        there = {n: kind for n, kind in PARTS.items() if (Path(folder) / n / "manifest.json").is_file()}
+        missing = [n for n in PARTS if n not in there and n not in ("control", "writing")]
+        if missing:
+            raise FileNotFoundError(
+                f"received {folder}, which has no {', '.join(missing)}; give a folder that study_modules saved"
+            )
+        return cls(**{name: kind.load(Path(folder) / name) for name, kind in there.items()})
+
+    def __str__(self) -> str:
+        lines = [str(self.equal_rank).splitlines()[0]]
+        for name, table in (("equal rank", self.equal_rank), ("equal size", self.equal_size)):
+            lines.append(f"tuned alone, {name}: {str(table).splitlines()[1]}")
+        lines += [str(part).splitlines()[1] for part in (self.transfer, self.revert)]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(str(self)).replace(chr(10), '<br>')}</p>"
+
+
+def study_modules(
+    model: Any,
+    task: Task,
+    *,
+    equal_rank: Runs,
+    equal_size: Runs,
+    controls: Runs,
+    control: Runs | None = None,
+    writing: Runs | None = None,
+    arms: Sequence[str] = ARMS,
+    transferred: Sequence[str] | None = None,
+    examples: Sequence[Example] | None = None,
+    target: float = 0.3,
+    folder: str | os.PathLike[str] | None = None,
+    report: Report | None = None,
+) -> ModuleStudy:
+    """Measure runs that are there: tables, landing, transfers, reverts, noise, equal damage.
+
+    Args:
+        model: the base, a bridge in memory.
+        task: the affect task that the runs learned.
+        equal_rank: arm -> runs, one per seed, `all` among them: it is transferred and reverted.
+        equal_size: the same at equal size; `all` may be the same runs.
+        controls: what else everything was tuned on -> runs, for the landing.
+        control: arm -> runs on a task without affect.
+        writing: arm -> runs on writing.
+        arms: what is reverted, replaced by noise and damaged.
+        transferred: what is put alone into the base; the arms, gate+up and mlp by default.
+        examples: that transfers and reverts are scored on; the task's test split by default. Noise and damage are scored on the same.
+        target: rise of the loss on neutral text for equal damage, nats per token.
+        folder: where the study is saved; what was scored for one seed is kept there too, and read instead of scored again.
+        report: `report(name)` gives a context manager for one part; what it yields is called with (arms done, arms).
+
+    Raises:
+        ValueError: no runs of `all`, or parts that do not fit.
+
+    Example:
+        >>> study_modules(model, task, equal_rank=runs, equal_size=fitted, controls={"topics": others})  # doctest: +SKIP
+    """
+    whole = [run for run in equal_rank.get("all", ()) if not run.exploded]
+    if not whole:
+        raise ValueError(
+            f"received the arms {list(equal_rank)}, without a run of 'all' that did not explode; transfers and reverts need one"
+        )
+    place = Path(folder) if folder is not None else None
+
+    def parts(kind: str) -> PartScores:
+        chosen = tuple(transferred or _transferred(arms)) if kind == "transfer" else tuple(arms)
+        options: dict[str, Any] = {"arms": chosen, "kind": kind, "examples": examples, "target": target}
+        each = []
+        for run in whole:
+            saved = place / "seeds" / f"{kind}-seed{run.seed}" if place is not None else None
+            if saved is not None and (saved / "manifest.json").is_file():
+                each.append(_require_same(PartScores.load(saved), saved, chosen, model))
+                continue
+            with (report or _silent)(f"{kind}, seed {run.seed}".replace("_", " ")) as progress:
+                each.append(score_parts(model, run, task, **options, seed=run.seed, progress=progress))
+            if saved is not None:
+                each[-1].save(saved)
+        return join_parts(each)
+
+    study = ModuleStudy(
+        equal_rank=compare_arms(equal_rank, reference="all"),
+        equal_size=compare_arms(equal_size, reference="all"),
+        landing=measure_landing(model, {task.name: whole, **controls}),
+        control=compare_arms(control, reference="all") if control else None,
+        writing=compare_arms(writing, reference="all") if writing else None,
+        **{kind: parts(kind) for kind in KINDS},
+    )
+    if place is not None:
+        study.save(place, overwrite=True)
+    return study
+
+
+def _require_same(found: PartScores, folder: Path, arms: tuple[str, ...], model: Any) -> PartScores:
+    if found.arms != arms or found.provenance.weights_sha256 != model_info(model).provenance.weights_sha256:
+        raise ValueError(
+            f"received {folder}, which holds {list(found.arms)} of {found.provenance.title}; {list(arms)} of this model are asked for: choose another "
+            "folder"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _silent(name: str) -> Any:
+    yield None
+
+
+def _transferred(arms: Sequence[str]) -> tuple[str, ...]:
+    return TRANSFERRED if tuple(arms) == ARMS else tuple(arms)
+
+
+def necessity_sufficiency_efficiency(
+    model: Any,
+    task: Task,
+    control_task: Task,
+    *,
+    arms: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    rank: int = 4,
+    steps: int = 100,
+    n_test: int | None = None,
+    target: float = 0.3,
+    folder: str | os.PathLike[str] | None = None,
+    report: Report | None = None,
+) -> ModuleStudy:
+    """The whole chain: tune single modules and everything, on the task and on a control, and measure what each module is worth.
+
+    Args:
+        model: a bridge in float32; it is as before afterwards.
+        task: an affect task with training examples.
+        control_task: one without affect.
+        arms: single modules or groups; the gate (where there is one), up, down and attention by default.
+        seeds: one run of each arm per seed; at least two, or the landing has no interval.
+        rank: of LoRA.
+        steps: of training.
+        n_test: test examples, drawn at random; all by default.
+        target: rise of the loss on neutral text for equal damage, nats per token.
+        folder: where runs and parts are kept; finished ones are read instead of run again.
+        report: `report(name)` gives a context manager for one run or part.
+
+    Returns:
+        The study; `module_scorecard` judges the claims about gate_proj by it.
+
+    Raises:
+        ValueError: as tune_module and score_parts.
+
+    Example:
+        >>> study = necessity_sufficiency_efficiency(model, load_task("goemotions"), load_task("topics"))  # doctest: +SKIP
+    """
+    config = model.original_model.config
+    present = module_shapes(config)
+    chosen = tuple(arms) if arms is not None else tuple(a for a in ARMS if a in present or a == "attention")
+    place = Path(folder) if folder is not None else None
+    common: dict[str, Any] = {"seeds": seeds, "rank": rank, "steps": steps, "report": report}
+
+    def runs(name: str, learned: Task, modules: Sequence[str], **options: Any) -> dict[str, list[Tuned]]:
+        there = place / name if place is not None else None
+        return run_arms(model, learned, modules=modules, folder=there, **common, **options)
+
+    ranked = runs("equal_rank_runs", task, (*chosen, "all"), n_test=n_test)
+    fitted = [a for a in chosen if not _same_size(config, a, rank)]
+    sized = runs("equal_size_runs", task, (*fitted, "random"), n_test=n_test, equal_size=True)
+    equal_size = {a: sized[a] if a in sized else ranked[a] for a in (*chosen, "random", "all")}
+    others = runs("control_runs", control_task, (*chosen, "all"))
+    return study_modules(
+        *(model, task),
+        equal_rank=ranked,
+        equal_size=equal_size,
+        controls={control_task.name: others["all"]},
+        control=others,
+        arms=chosen,
+        examples=task.examples("test", n=n_test) if n_test else None,
+        target=target,
+        folder=place,
+        report=report,
+    )
+
+
+def _same_size(config: Any, arm: str, rank: int) -> bool:
+    """Whether an arm of this rank has as many weights as the gate at it, so that one run serves both comparisons."""
+    ranked = plan_arm(config, arm, rank=rank)
+    return ranked.n_parameters == arm_size(config, arm, "lora", rank, True).get("n_parameters")

@@ -1,0 +1,30 @@
+"""A study of modules with planted effects, without a model."""
+
+from lens_affect.module_study import ModuleStudy
+from lens_affect.module_table import compare_arms
+from tests.planted_runs import campaign
+from tests.test_landing import planted as planted_landing
+from tests.test_part_scores import planted as planted_parts
+
+SIZES = {"gate": 100, "up": 100, "down": 100, "attention": 180, "random": 100, "all": 480}
+
+
+def table(rates, *, n=4000, seeds=3, noise=0.0):
+    """Arms whose accuracy is planted."""
+    runs = campaign({m: (r, SIZES[m]) for m, r in rates.items()}, n=n, seeds=seeds, spread=noise)
+    return compare_arms(runs, reference="all")
+
+
+def study(*, gate=0.58, siblings=0.45, whole=0.6, landing=1.5, control=1.0, share=0.8, others=0.3, **more):
+    """A gate that is special in every way; other numbers take one way or another from it."""
+    rates = {"gate": gate, "up": siblings, "down": siblings, "attention": siblings, "all": whole}
+    shares = {"gate": share, "up": others, "down": others, "attention": others}
+    parts = {
+        kind: planted_parts(kind, shares, n=800) for kind in ("transfer", "revert", "random_equal_norm", "equal_damage")
+    }
+    return ModuleStudy(
+        equal_rank=table(rates),
+        equal_size=table({**rates, "random": siblings}),
+        landing=planted_landing({"affect": landing, "topics": control}, noise=0.02),
+        **{**parts, **more},
+    )

@@ -1,0 +1,86 @@
+"""G1 to G4 by their rules: a special gate holds, an ordinary one does not, a vague study decides nothing."""
+
+import math
+
+import pytest
+
+from lens_affect.module_claims import MARGIN, module_rows, special
+from lens_affect.verdicts import COLUMNS, FAILS, HOLDS, OPEN
+from tests.planted_modules import study, table
+from tests.test_part_scores import planted as planted_parts
+
+
+def verdicts(found):
+    return {(row["id"], row["source"].split(",")[0]): row["verdict"] for row in module_rows(found)}
+
+
+def test_a_gate_that_is_special_in_every_way_holds_everywhere():
+    rows = module_rows(study())
+    assert [row["id"] for row in rows] == ["G1", "G2", "G3", "G3", "G4", "G4"]
+    assert {row["verdict"] for row in rows} == {HOLDS}
+    assert all(set(row) == set(COLUMNS) for row in rows)
+    for row in rows:
+        assert row["low"] < row["sound_statistic"] < row["high"]
+        assert row["n"] > 0
+        assert math.isfinite(row["null"])
+
+
+def test_a_gate_like_its_siblings_fails_everywhere():
+    found = study(gate=0.58, siblings=0.58, landing=1.0, share=0.8, others=0.8)
+    assert set(verdicts(found).values()) == {FAILS}
+
+
+def test_a_gate_that_lands_like_a_control_fails():
+    """More of the change than its siblings, but as much with topics."""
+    assert verdicts(study(landing=1.5, control=1.5))["G1", "tuned on everything"] == FAILS
+    assert verdicts(study(landing=1.5, control=1.0))["G1", "tuned on everything"] == HOLDS
+
+
+def test_a_special_gate_that_keeps_too_little_is_neither_sufficient_nor_efficient():
+    found = verdicts(study(gate=0.4, siblings=0.25, share=0.3, others=0.1))
+    assert found["G2", "a task"] == FAILS
+    assert found["G3", "equal rank"] == FAILS
+    assert found["G4", "reverted"] == FAILS
+    assert found["G4", "equal damage"] == HOLDS  # nothing is said about a share there
+
+
+def test_few_examples_and_spread_seeds_decide_nothing():
+    rates = {"gate": 0.58, "up": 0.56, "down": 0.56, "attention": 0.56, "all": 0.6}
+    vague = table(rates, n=200, seeds=3, noise=0.03)
+    found = verdicts(study(equal_damage=planted_parts("equal_damage", {"gate": 0.5, "up": 0.46}, n=4, seeds=2)))
+    assert found["G4", "equal damage"] == OPEN
+    rows = module_rows(study(writing=vague))
+    assert [r["verdict"] for r in rows if r["source"] == "writing, equal rank"] == [OPEN]
+
+
+def test_the_margin_decides_between_a_precise_draw_and_a_vague_one():
+    precise, vague = (0.0, -MARGIN / 2, MARGIN / 2), (0.0, -0.3, 0.3)
+    better = (0.1, 0.05, 0.15)
+    assert special({"up": precise, "down": better}, MARGIN) == FAILS
+    assert special({"up": vague, "down": better}, MARGIN) == OPEN
+    assert special({"up": better, "down": better}, MARGIN) == HOLDS
+    assert special({"up": (-0.1, -0.15, -0.05), "down": vague}, MARGIN) == FAILS
+    assert special({"up": (math.nan,) * 3, "down": better}, MARGIN) == OPEN
+    assert special({}, MARGIN) == OPEN
+
+
+def test_percentages_of_the_paper_stand_beside_shares_of_the_gain():
+    row = next(r for r in module_rows(study()) if r["source"] == "equal rank")
+    assert row["paper_statistic"] == pytest.approx(100 * 0.58 / 0.6, abs=1)
+    assert row["sound_statistic"] == pytest.approx((0.58 - 0.2) / (0.6 - 0.2), abs=0.03)
+    assert "20.8% of the parameters" in row["note"]
+    assert "gate minus others in accuracy: up +0.1" in row["note"]
+
+
+def test_without_controls_or_seeds_the_landing_stays_open():
+    from tests.test_landing import planted
+
+    assert verdicts(study_with(planted({"affect": 1.5}, noise=0.02)))["G1", "tuned on everything"] == OPEN
+    rows = module_rows(study_with(planted({"affect": 1.5}, seeds=1)))
+    assert rows[0]["verdict"] == OPEN
+    assert "at least two" in rows[0]["note"]
+
+
+def study_with(landing):
+    found = study()
+    return type(found)(**{n: getattr(found, n) for n in found.__dataclass_fields__} | {"landing": landing})

@@ -1,0 +1,70 @@
+"""The chain on a tiny model: everything is tuned, scored, kept and read again; and what a study says."""
+
+import pytest
+
+import lens_affect.tuning
+from lens_affect.module_study import ModuleStudy, necessity_sufficiency_efficiency, study_modules
+from lens_affect.scorecard import module_scorecard
+from tests.planted_modules import study
+from tests.planted_task import TASK
+
+OPTIONS = {"arms": ("gate", "up", "attention"), "seeds": (0, 1), "rank": 2, "steps": 2, "target": 0.01}
+
+
+@pytest.fixture(scope="module")
+def chain(tunable, tmp_path_factory):
+    import dataclasses
+
+    folder = tmp_path_factory.mktemp("chain")
+    control = dataclasses.replace(TASK, name="other", affective=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lens_affect.tuning, "RATE_STEPS", 1)
+        patch.setattr(lens_affect.tuning, "MOST_TRIES", 1)
+        patch.setattr("lens_affect.damage.MOST_TRIALS", 2)
+        found = necessity_sufficiency_efficiency(tunable, TASK, control, folder=folder, **OPTIONS)
+    return found, folder, control
+
+
+def test_every_part_of_the_chain_is_there(chain, unchanged):
+    found, _, _ = chain
+    assert list(found.equal_rank.arms["arm"]) == ["gate", "up", "attention", "all"]
+    assert list(found.equal_size.arms["arm"]) == ["gate", "up", "attention", "random", "all"]
+    sizes = found.equal_size.arms.set_index("arm")["n_parameters"]
+    assert all(abs(sizes[a] / sizes["gate"] - 1) <= 0.01 for a in ("up", "attention", "random"))
+    assert found.landing.runs == ("planted", "other")
+    assert found.transfer.seeds == found.revert.seeds == (0, 1)
+    assert found.transfer.arms == ("gate", "up", "attention")
+    assert found.control is not None
+    assert "tuned alone, equal rank" in str(found)
+
+
+def test_the_chain_fills_the_scorecard(chain):
+    card = module_scorecard(chain[0])
+    assert list(card.table["id"].unique()) == ["G1", "G2", "G3", "G4"]
+    assert set(card.table["verdict"]) <= {"holds", "does not hold", "cannot be decided"}
+    assert card.table["rule"].str.len().min() > 40
+
+
+def test_a_second_start_reads_what_is_there(chain, tunable, monkeypatch):
+    found, folder, control = chain
+    for name in ("tune_module", "_best_rate"):
+        monkeypatch.setattr(f"lens_affect.tuning.{name}", None)
+    monkeypatch.setattr("lens_affect.module_study.score_parts", None)
+    again = necessity_sufficiency_efficiency(tunable, TASK, control, folder=folder, **OPTIONS)
+    assert str(again) == str(found)
+    assert str(ModuleStudy.load(folder)) == str(found)
+    with pytest.raises(ValueError, match="choose another folder"):
+        necessity_sufficiency_efficiency(tunable, TASK, control, folder=folder, **OPTIONS | {"arms": ("gate", "up")})
+
+
+def test_a_study_without_everything_tuned_is_refused(tunable):
+    with pytest.raises(ValueError, match="without a run of 'all'"):
+        study_modules(tunable, TASK, equal_rank={}, equal_size={}, controls={})
+
+
+def test_saving_and_loading_a_planted_study(tmp_path):
+    found = study()
+    found.save(tmp_path / "study")
+    assert str(ModuleStudy.load(tmp_path / "study")) == str(found)
+    with pytest.raises(FileNotFoundError, match="which has no"):
+        ModuleStudy.load(tmp_path)
