@@ -7,10 +7,10 @@ Each arm is a folder below LENS_AFFECT_RUNS/tuning: `tuned` (scores of every exa
 block seed by seed, so that what is there at any time is a balanced comparison. Several processes may run at once: each takes arms that no other
 one has. 05_modules.py reads them.
 
-Blocks: `equal`, equal rank and equal size (SmolLM2-135M-Instruct, GoEmotions, 27 labels, LoRA rank 4 against the gate's number of weights at rank
-4); `landing`, everything tuned on the control tasks; `topics` of our passages and `shuffled` labels, controls of single modules; `writing`; `rank1`,
-as `equal` with rank 1; `full`, whole weights. Name blocks to run only these. Learning rates are chosen once per kind of arm (seed 0) and kept in
-`rates`.
+Blocks: `equal`, equal rank and equal size (SmolLM2-135M-Instruct, GoEmotions, 27 labels, LoRA rank 4 against the gate's number of weights
+at rank 4); `landing`, everything tuned on the control tasks; `parts`, the modules of everything-tuned models scored one by one; `topics` of
+our passages and `shuffled` labels, controls of single modules; `writing`; `rank1`, as `equal` with rank 1; `full`, whole weights; `study`,
+all that is there as one result. Name blocks to run only these. Learning rates are chosen once per kind of arm (seed 0) and kept in `rates`.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,16 @@ RUNS = Path(os.environ.get("LENS_AFFECT_RUNS", HERE.parent / "runs")) / "tuning"
 MODEL = "smollm2-135m-instruct"
 MAX_WORDS = 12  # of a comment: at most 12 words keep a step at 16 rows of some 15 tokens
 N_TEST, N_WRITTEN = 2048, 108
+N_PARTS = 1024
 STEPS, CHECK_EVERY, RANK = 64, 16, 4
+KINDS = ("transfer", "revert", "random_equal_norm", "equal_damage")
+TRANSFERRED = ("gate", "up", "down", "attention", "gate+up", "mlp")
 log = logging.getLogger("tune_arms")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One arm of the campaign."""
+    """One arm of the campaign; in the block `parts`, what is done to the modules of a model with everything tuned."""
 
     block: str
     modules: str
@@ -56,6 +60,8 @@ class Job:
     @property
     def kind(self) -> str:
         """What arms that differ in their seed only have in common."""
+        if self.block in ("parts", "study"):
+            return f"{self.block}-{self.modules}"
         how = f"rank{self.rank}" if self.size == "rank" else f"size-of-gate-rank{self.rank}"
         return f"{self.task}-{self.modules}-{how if self.method == 'lora' else 'full'}"
 
@@ -82,11 +88,14 @@ def campaign() -> list[Job]:
     def landing(seed: int) -> list[Job]:
         return [Job("landing", "all", seed, task=task) for task in ("topics", "goemotions_shuffled")]
 
-    jobs = [job for seed in range(3) for job in (*equal(seed, RANK, "equal"), *landing(seed))]
+    def parts(seed: int) -> list[Job]:
+        return [Job("parts", kind, seed) for kind in KINDS]
+
+    jobs = [job for seed in range(3) for job in (*equal(seed, RANK, "equal"), *landing(seed), *parts(seed))]
     jobs += [job for seed in range(2) for job in (*controls(seed), *writing(seed))]
     for seed in range(3):
         jobs += equal(seed, 1, "rank1")
-    return jobs + [Job("full", m, 0, method="full") for m in ("gate", "up", "attention")]
+    return [*jobs, *(Job("full", m, 0, method="full") for m in ("gate", "up", "attention")), Job("study", "all", 0)]
 
 
 def options(job: Job, model: Any) -> dict[str, Any]:
@@ -128,11 +137,15 @@ def control_scores(model: Any, folder: Path) -> None:
 
 def base_scores(model: Any, name: str) -> TaskScores:
     """Of the untuned model, once."""
-    folder = RUNS / "base" / name
+    return kept(RUNS / "base" / name, lambda: task_of(name).score(model, test_of(name), seed=0))
+
+
+def kept(folder: Path, score: Callable[[], TaskScores]) -> TaskScores:
+    """Scores from a folder, taken first where they are not there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / "manifest.json").is_file():
-            task_of(name).score(model, test_of(name), seed=0).save(folder)
+            score().save(folder)
     return TaskScores.load(folder)
 
 
@@ -151,6 +164,9 @@ def rate_of(model: Any, job: Job) -> float:
 
 def run(model: Any, job: Job) -> None:
     """One arm, from the choice of its rate to its scores on the other tasks."""
+    if job.block in ("parts", "study"):
+        score_modules(model, job) if job.block == "parts" else study(model)
+        return
     folder, start = RUNS / job.name, time.monotonic()
     if (folder / "done.json").is_file():
         return
@@ -182,6 +198,61 @@ def run(model: Any, job: Job) -> None:
     about = {"block": job.block, "size": job.size, "kind": job.kind, "seconds": time.monotonic() - start}
     write_text_atomically(folder / "done.json", json.dumps(about | {"name": job.name}, indent=1))
     log.info("%s done in %.0f s", job.name, time.monotonic() - start)
+
+
+def finished(kind: str) -> list[la.Tuned]:
+    """Runs of a kind, seed by seed, as many as there are."""
+    folders = (RUNS / f"{kind}-seed{seed}" for seed in range(3))
+    return [la.Tuned.load(f / "tuned") for f in folders if (f / "done.json").is_file()]
+
+
+def score_modules(model: Any, job: Job) -> None:
+    """Transfer, revert, replace by noise or damage the modules of one model with everything tuned."""
+    folder = RUNS / "study" / "seeds" / f"{job.modules}-seed{job.seed}"
+    whole = RUNS / f"goemotions-all-rank{RANK}-seed{job.seed}"
+    if (folder / "manifest.json").is_file() or not (whole / "done.json").is_file():
+        return
+    n, task, run = (
+        N_PARTS if job.modules in ("transfer", "revert") else N_PARTS // 2,
+        task_of("goemotions"),
+        la.Tuned.load(whole / "tuned"),
+    )
+    examples = task.examples("test", n=n)
+    before = kept(RUNS / "base" / f"parts{n}", lambda: task.score(model, examples, seed=0))
+    with la.tuned_weights(model, run):
+        after = kept(whole / f"parts{n}", lambda: task.score(model, examples, seed=0))
+    found = la.score_parts(
+        *(model, run, task),
+        arms=TRANSFERRED if job.modules == "transfer" else TRANSFERRED[:4],
+        kind=job.modules,
+        examples=examples,
+        before=before,
+        after=after,
+        seed=job.seed,
+    )
+    found.save(folder)
+    print(found)
+
+
+def study(model: Any) -> None:
+    """Everything that is there by now, as one result."""
+    ranked = {m: finished(f"goemotions-{m}-rank{RANK}") for m in ("gate", "up", "down", "attention", "all")}
+    fitted = {m: finished(f"goemotions-{m}-size-of-gate-rank{RANK}") for m in ("attention", "random")}
+    others = {t: finished(f"{t}-all-rank{RANK}") for t in ("topics", "goemotions_shuffled")}
+    control = {m: finished(f"topics-{m}-rank{RANK}") for m in ("gate", "up", "attention", "all")}
+    writing = {m: finished(f"writing-{m}-rank{RANK}") for m in ("gate", "up", "attention", "all")}
+    found = la.study_modules(
+        *(model, task_of("goemotions")),
+        equal_rank=ranked,
+        equal_size={m: fitted.get(m) or ranked[m] for m in ("gate", "up", "down", "attention", "random", "all")},
+        controls={t: runs for t, runs in others.items() if runs},
+        control=control if all(control.values()) else None,
+        writing=writing if all(writing.values()) else None,
+        examples=task_of("goemotions").examples("test", n=N_PARTS),
+        folder=RUNS / "study",
+    )
+    print(found)
+    print(la.module_scorecard(found))
 
 
 def main() -> None:

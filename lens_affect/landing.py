@@ -157,15 +157,16 @@ def measure_landing(base: Any, runs: Mapping[str, Sequence[Tuned]]) -> Landing:
             f"received the runs {[*kept]} with {[len(s) for s in kept.values()]} that did not explode, which trained {sorted(modules)}; allowed are "
             "runs of one arm, such as 'all', at least one of each task"
         )
-    tables, provenance = [], None
+    tables = []
     for label, several in kept.items():
         for run in several:
             found = compare_modules(base, run, spectrum=False)
-            provenance = provenance or found.provenance
             columns = ["module", "parameters", "relative_frobenius", "rms"]
             columns += ["share_of_change", "share_of_parameters", "concentration"]
             tables.append(found.by_module()[columns].assign(run=label, seed=run.seed))
-    assert provenance is not None
     table = pd.concat(tables, ignore_index=True)
     first = ["run", "seed"]
-    return Landing(pd.DataFrame(table[[*first, *(c for c in table.columns if c not in first)]]), provenance)
+    return Landing(
+        pd.DataFrame(table[[*first, *(c for c in table.columns if c not in first)]]),
+        next(iter(kept.values()))[0].provenance,
+    )

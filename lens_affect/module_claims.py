@@ -47,7 +47,8 @@ def special(limits: Limits, margin: float) -> str:
         limits: differences to everything that costs the same.
         margin: largest difference that counts as none.
     """
-    known = [x for x in limits.values() if all(math.isfinite(v) for v in x)]
+    # scores without any spread have intervals without width, which are no evidence
+    known = [x for x in limits.values() if all(math.isfinite(v) for v in x) and x[2] > x[1]]
     if any(high < 0 or (low > -margin and high < margin) for _, low, high in known):
         return FAILS
     return HOLDS if known and len(known) == len(limits) and all(low > 0 for _, low, _ in known) else OPEN

@@ -9,6 +9,9 @@ from lens_affect.console import parse_numbers, print_table, reporting_errors, sh
 
 WEIGHTS_HELP = "Folder, hub id, catalogue name or GGUF file."
 TUNED_HELP = "The same, or a LoRA adapter's folder or hub id."
+TASK_HELP = "Also score a task of ours (an unknown name lists them), or a table with columns text, label."
+SELECTIVITY = ["affect_loss", "control_loss", "selectivity", "selectivity_low", "selectivity_high"]
+TEST_HELP = "Test rows of the task; as many as there are if fewer."
 
 
 def delta(
@@ -78,18 +81,28 @@ def transfer(
     any_base: Annotated[
         bool, typer.Option("--any-base", help="Take an adapter whose config names another base.")
     ] = False,
+    task: Annotated[str, typer.Option(help=TASK_HELP)] = "",
+    n_test: Annotated[int, typer.Option("--test", help=TEST_HELP)] = 512,
     out: Annotated[str, typer.Option(help="CSV file for the table; nothing is kept by default.")] = "",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Put modules of a tuned model into the base, arm by arm, and measure the next-token loss on neutral text."""
+    """Put modules of a tuned model into the base, arm by arm, and measure the next-token loss on neutral text, and a task."""
     with reporting_errors():
+        import pandas as pd
+
         from lens_affect.damage import neutral_loss
         from lens_affect.models import load_model
         from lens_affect.transfers import transfer_modules
 
         _require_new(out)
         blocks = parse_numbers(layers, int, "--layers") or None
+        if task and blocks:
+            raise ValueError(
+                "received --layers beside --task; a task is scored with modules of all blocks: leave one out"
+            )
+        scored = _task_examples(task, n_test)
+        parts = None
         with show_progress(quiet or json) as report:
             with report("load the base"):
                 model = load_model(base, dtype="float32")
@@ -101,7 +114,19 @@ def transfer(
                     with transfer_modules(model, tuned, modules=arm, layers=blocks, any_base=any_base) as found:
                         rows.append(_loss_row(arm, found.share, neutral_loss(model), before))
                     progress(i + 1, len(arms))
-        _show_losses(rows, f"{base} with modules of {tuned}: loss on neutral text, nats per token", out, json)
+            if scored is not None:
+                from lens_affect.part_scores import score_parts
+
+                with report("score the task") as progress:
+                    parts = score_parts(model, tuned, scored[0], arms=arms, examples=scored[1], progress=progress)
+                known = {row["arm"]: row for row in parts.to_frame().to_dict("records")}
+                shown = ("score", "share", "share_low", "share_high")
+                rows = [row | {f"task_{c}": known.get(row["modules"], {}).get(c) for c in shown} for row in rows]
+        _show_table(
+            pd.DataFrame(rows), f"{base} with modules of {tuned}: loss on neutral text, nats per token", out, json
+        )
+        if parts is not None and not json:
+            print(parts)
 
 
 def ablate(
@@ -120,12 +145,16 @@ def ablate(
         float, typer.Option(help="Rise of the loss in nats per token that every arm is brought to; overrides --scale.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of random weights and orders.")] = 0,
+    task: Annotated[str, typer.Option(help=TASK_HELP)] = "",
+    n_test: Annotated[int, typer.Option("--test", help=TEST_HELP)] = 512,
     out: Annotated[str, typer.Option(help="CSV file for the table; nothing is kept by default.")] = "",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Ablate modules, arm by arm, and measure the next-token loss on neutral text; --target finds scales of equal damage."""
+    """Ablate modules, arm by arm, and measure the next-token loss on neutral text; --target finds scales of equal damage, --task the selectivity."""
     with reporting_errors():
+        import pandas as pd
+
         from lens_affect.ablations import ablate_modules
         from lens_affect.damage import equal_damage, neutral_loss
         from lens_affect.models import load_model
@@ -134,6 +163,8 @@ def ablate(
         blocks = parse_numbers(layers, int, "--layers") or None
         arms = [arm.strip() for arm in modules.split(",") if arm.strip()]
         options: dict[str, Any] = {"layers": blocks, "how": how, "base": base or None, "seed": seed}
+        scored = _task_examples(task, n_test)
+        selective = None
         with show_progress(quiet or json) as report:
             with report("load the model"):
                 lens = load_model(model, dtype="float32")
@@ -147,16 +178,62 @@ def ablate(
                         with ablate_modules(lens, modules=arm, scale=scale, **options):
                             rows.append(_loss_row(arm, scale, neutral_loss(lens), before, "scale"))
                         progress(i + 1, len(arms))
+            if scored is not None:
+                with report("score the task") as progress:
+                    scales: Any = found.scale_of if target else scale
+                    selective = _selectivity(lens, scored, arms, scales, options, progress)
+        told = None
+        if selective is not None:
+            named = {"low": "selectivity_low", "high": "selectivity_high"}
+            told = selective.to_frame().set_index("arm").rename(columns=named)[SELECTIVITY]
         if target:
-            if out:
-                found.to_frame().to_csv(out, index=False)
-            if json:
-                print(found.to_frame().to_json(orient="records", indent=1))
-                return
-            print_table(found.to_frame().round(4), "Scales of equal damage")
-            print(found)
-            return
-        _show_losses(rows, f"{model} ablated by {how}: loss on neutral text, nats per token", out, json)
+            table = found.to_frame()
+            table = table if told is None else table.join(told, on="arm")
+            _show_table(table, "Scales of equal damage", out, json)
+            if not json:
+                print(found)
+        else:
+            table = pd.DataFrame(rows)
+            table = table if told is None else table.join(told, on="modules")
+            _show_table(table, f"{model} ablated by {how}: loss on neutral text, nats per token", out, json)
+        if selective is not None and not json:
+            print(selective)
+
+
+def _task_examples(name: str, n: int) -> tuple[Any, Any] | None:
+    """A task with its test examples; None where none was asked for."""
+    if not name:
+        return None
+    from lens_affect.tasks import load_task
+
+    task = load_task(name)
+    return task, task.examples("test", n=min(n, len(task.examples("test"))))
+
+
+def _selectivity(
+    model: Any, scored: tuple[Any, Any], arms: list[str], scales: Any, options: dict[str, Any], progress: Any
+) -> Any:
+    """Task lost minus language lost, in SDs, with every arm ablated."""
+    from lens_affect.checkpoints import open_checkpoint
+    from lens_affect.damage import neutral_loss
+    from lens_affect.selectivity import scan_ablations
+
+    task, examples = scored
+    sign = 1.0 if task.score(model, examples[:1]).better == "high" else -1.0
+    blocks = options["layers"] or range(open_checkpoint(model).n_layers)
+    return scan_ablations(
+        model,
+        arms=[arm for arm in arms if not isinstance(scales, dict) or arm in scales],
+        affect=lambda m: sign * task.score(m, examples).values.double().numpy(),
+        control=lambda m: -neutral_loss(m),
+        bands={f"{min(blocks)}-{max(blocks)}": tuple(blocks)},
+        how=options["how"],
+        base=options["base"],
+        scales=scales,
+        affect_groups=[e.group for e in examples],
+        seed=options["seed"],
+        progress=progress,
+    )
 
 
 def _loss_row(arm: str, size: float, loss: Any, before: Any, name: str = "share") -> dict[str, Any]:
@@ -176,10 +253,7 @@ def _loss_row(arm: str, size: float, loss: Any, before: Any, name: str = "share"
     }
 
 
-def _show_losses(rows: list[dict[str, Any]], title: str, out: str, json: bool) -> None:
-    import pandas as pd
-
-    table = pd.DataFrame(rows)
+def _show_table(table: Any, title: str, out: str, json: bool) -> None:
     if out:
         table.to_csv(out, index=False)
     if json:

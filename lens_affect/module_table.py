@@ -146,7 +146,7 @@ class ModuleTable:
         kept = ", ".join(
             f"{row['arm']} {row['retention']:.2f} [{row['retention_low']:.2f}, {row['retention_high']:.2f}]"
             for row in ranked.to_dict("records")
-            if row["arm"] != self.reference
+            if row["arm"] != self.reference and math.isfinite(row["retention"])
         )
         best = [row["score"] for row in ranked.to_dict("records") if row["arm"] == self.reference]
         whole = f"{best[0]:.3f}" if best else "not there"
@@ -156,7 +156,7 @@ class ModuleTable:
         )
         return (
             f"{self.provenance.title} on {self.task}: {self.metric} {self.base:.3f} untuned, {whole} with {self.reference}\n"
-            f"share of that gain (95 %): {kept}\n"
+            f"share of that gain (95 %): {kept or 'none, nothing was gained for certain'}\n"
             f"{self.n_examples} examples, {min(seeds)}-{max(seeds)} seeds per arm; "
             f"minimum detectable difference between two arms {detectable:.3f} (median, power {POWER:.0%})"
         )

@@ -135,13 +135,16 @@ class PartScores:
             "random_equal_norm": "share of the gain that goes when noise takes the place of a module's change",
             "equal_damage": f"share of the gain that goes when noise raises the loss on neutral text by {float(self.rises.nanmean()):.2f} nats",
         }
+        table = self.to_frame()
         parts = [
             f"{row['arm']} {row['share']:.2f} [{row['share_low']:.2f}, {row['share_high']:.2f}]"
-            for row in self.to_frame().to_dict("records")
+            for row in table.to_dict("records")
+            if math.isfinite(row["share"])
         ]
+        told = ", ".join(parts) or "none, nothing was gained for certain"
         return (
             f"{self.provenance.title} on {self.title}: {self.metric} {float(self.before.mean()):.3f} untuned, {float(self.after.mean()):.3f} tuned\n"
-            f"{words[self.kind]} (95 %): {', '.join(parts)}\n"
+            f"{words[self.kind]} (95 %): {told}\n"
             f"{len(self.before)} examples, {len(self.seeds)} seeds"
         )
 
@@ -161,6 +164,8 @@ def score_parts(
     seed: int = 0,
     target: float = 0.3,
     measure: str = "score",
+    before: TaskScores | None = None,
+    after: TaskScores | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PartScores:
     """Score a task with each arm's modules transferred, reverted, replaced by noise, or damaged.
@@ -175,13 +180,15 @@ def score_parts(
         seed: of noise, and what the fine-tune is called in a join.
         target: rise of the loss on neutral text for `equal_damage`, nats per token.
         measure: `score`, or `log_share`: log of the right label's share among all labels, finer than accuracy.
+        before: scores of the untuned model on the same examples, where they are known already.
+        after: the same of the tuned model.
         progress: called with (arms done, arms in all).
 
     Returns:
         Scores of one fine-tune; `join_parts` puts several seeds together.
 
     Raises:
-        ValueError: an unknown kind, measure or module, no arm, zeroed siblings (there is no such kind), or checkpoints that do not fit.
+        ValueError: an unknown kind, measure or module, no arm, scores of other examples, or checkpoints that do not fit.
 
     Example:
         >>> print(score_parts(model, run, task, kind="revert"))  # doctest: +SKIP
@@ -198,15 +205,20 @@ def score_parts(
     def score() -> Float[Tensor, " example"]:
         return _turned(task.score(model, chosen, seed=0), measure)
 
-    first = task.score(model, chosen, seed=0)
-    before, groups, hashed = _turned(first, measure), first.groups, first.provenance.stimuli_hash
+    first = before or task.score(model, chosen, seed=0)
     with _whole(model, tuned):
-        after = score()
+        last = after or task.score(model, chosen, seed=0)
         scales, rises = _scales(model, arms, kind, target, seed)
+    hashed = first.provenance.stimuli_hash
+    if last.provenance.stimuli_hash != hashed or len(first.values) != len(chosen):
+        raise ValueError(
+            f"received scores of {len(first.values)} and {len(last.values)} examples for {len(chosen)}; allowed are scores of the same ones"
+        )
+    start, end = _turned(first, measure), _turned(last, measure)
     found = []
     for i, arm in enumerate(arms):
         if math.isnan(scales[i]):
-            found.append(torch.full_like(before, math.nan))
+            found.append(torch.full_like(start, math.nan))
         else:
             with _changed(model, tuned, arm, kind, scales[i], seed):
                 found.append(score())
@@ -217,11 +229,11 @@ def score_parts(
         arms=tuple(arms),
         seeds=(seed,),
         scores=torch.stack(found)[:, None],
-        before=before,
-        after=after[None],
+        before=start,
+        after=end[None],
         scales=torch.tensor(scales, dtype=torch.float32)[:, None],
         rises=torch.tensor(rises, dtype=torch.float32)[:, None],
-        groups=groups,
+        groups=first.groups,
         title=task.title,
         metric=first.metric if measure == "score" else "log share of the right label",
         provenance=model_info(model).provenance.updated(seed=seed, stimuli_hash=hashed, elapsed_seconds=watch.seconds),

@@ -110,22 +110,28 @@ def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(monkeyp
     monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path))
     monkeypatch.setenv("LENS_AFFECT_QUICK", "1")
     names = runpy.run_path(str(ROOT / "analyses" / "tune_arms.py"))
-    run, jobs = names["run"], [job for job in names["campaign"]() if job.block == "equal" and job.seed == 0]
-    run.__globals__.update(STEPS=2, CHECK_EVERY=1, N_TEST=8)
+    blocks = ("equal", "landing", "parts", "study")
+    run, jobs = names["run"], [job for job in names["campaign"]() if job.block in blocks and job.seed == 0]
+    run.__globals__.update(STEPS=2, CHECK_EVERY=1, N_TEST=8, N_PARTS=8)
+    monkeypatch.setattr("lens_affect.damage.MOST_TRIALS", 2)
     monkeypatch.setattr(lens_affect, "choose_rate", lambda *a, **k: 0.01, raising=False)
     model = load_model(make_hf_model("llama"), tokenizer=make_tokenizer())
     for job in jobs:
         run(model, job)
-    folders = {path.name for path in (tmp_path / "tuning").glob("goemotions-*")}
-    assert folders == {job.name for job in jobs}
+    folders = {path.name for path in (tmp_path / "tuning").glob("goemotions*-seed0")}
+    assert folders == {job.name for job in jobs if job.name.startswith("goemotions")}
     assert all((tmp_path / "tuning" / name / "adapter" / "adapter_config.json").is_file() for name in folders)
+    assert {path.name for path in (tmp_path / "tuning" / "study" / "seeds").iterdir()} == {
+        f"{job.modules}-seed{job.seed}" for job in jobs if job.block == "parts"
+    }
+    assert "G1" in capsys.readouterr().out
 
     monkeypatch.setattr(lens_affect, "tune_module", None, raising=False)  # a second start would fail if it trained
     for job in jobs:
         run(model, job)
     runpy.run_path(str(ROOT / "analyses" / "05_modules.py"))
     printed = capsys.readouterr().out
-    assert "7 finished runs" in printed
+    assert "9 finished runs" in printed
     assert "next-token loss on texts without emotion" in printed
 
 

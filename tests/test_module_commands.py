@@ -71,6 +71,37 @@ def test_ablate_prints_the_loss_of_each_arm_or_scales_of_equal_damage(model_fold
     assert "received how='burn'" in runner.invoke(app, ["ablate", model_folder, "--how", "burn"]).stderr
 
 
+@pytest.fixture
+def labelled(tmp_path):
+    """A user's table with two labels."""
+    rows = "".join(f"Word {i},{'joy' if i % 2 else 'anger'}\n" for i in range(40))
+    (tmp_path / "mine.csv").write_text("text,label\n" + rows)
+    return str(tmp_path / "mine.csv")
+
+
+def test_transfer_scores_a_task(model_folder, tuned_folder, labelled):
+    command = ["transfer", model_folder, tuned_folder, "--modules", "gate,all", "--task", labelled]
+    done = runner.invoke(app, [*command, "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert "share of the gain that a module alone brings to the untuned model" in done.stdout
+    rows = {row["modules"]: row for row in json.loads(runner.invoke(app, [*command, "--json"]).stdout)}
+    assert rows["none"]["task_score"] is None
+    assert 0 <= rows["all"]["task_score"] <= 1
+    assert "leave one out" in runner.invoke(app, [*command, "--layers", "1"]).stderr
+
+
+@pytest.mark.parametrize("how", [["--scale", "0.5"], ["--target", "0.002"]])
+def test_ablate_says_how_selective_it_is(model_folder, labelled, how):
+    command = ["ablate", model_folder, "--modules", "up", "--task", labelled, *how]
+    done = runner.invoke(app, [*command, "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert "affect and 36 control examples" in done.stdout
+    rows = {
+        row.get("modules", row.get("arm")): row for row in json.loads(runner.invoke(app, [*command, "--json"]).stdout)
+    }
+    assert {"selectivity", "affect_loss", "control_loss"} <= set(rows["up"])
+
+
 def test_tune_plans_from_the_config_alone(model_folder, tmp_path):
     (tmp_path / "config.json").write_text((Path(model_folder) / "config.json").read_text())  # no weights are there
     command = ["tune", str(tmp_path), "--modules", "gate,attention,q+v", "--plan", "--rank", "8"]
