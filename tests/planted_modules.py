@@ -9,7 +9,7 @@ from tests.test_part_scores import planted as planted_parts
 SIZES = {"gate": 100, "up": 100, "down": 100, "attention": 180, "random": 100, "all": 480}
 
 
-def table(rates, *, n=4000, seeds=3, noise=0.0):
+def table(rates, *, n=4000, seeds=3, noise=0.002):
     """Arms whose accuracy is planted."""
     runs = campaign({m: (r, SIZES[m]) for m, r in rates.items()}, n=n, seeds=seeds, spread=noise)
     return compare_arms(runs, reference="all")
