@@ -26,8 +26,9 @@ demo: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/lens-affect sweep smollm2-135m-instruct --quick --resume --out runs/demo
 	HF_HUB_OFFLINE=1 $(BIN)/lens-affect regimes smollm2-135m-instruct --run runs/demo --emotions happy,afraid --strengths 0.2,0.8 --tokens 32 --resume
 
+# One thread per worker: numpy's own would have each worker use both cores.
 test: .venv/installed-dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .

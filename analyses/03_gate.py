@@ -48,7 +48,7 @@ MAPS = {
     "affect, each": ("affect", 12, {"positions": "each", "sites": ("gate", "attn_out"), "controls": ()}),
 }
 if QUICK:
-    small = {"layers": [10, 20], "controls": ("random",), "sites": ("gate", "up", "attn_out")}
+    small = {"layers": [20, 23], "controls": ("random",), "sites": ("gate", "up", "attn_out")}
     MAPS = {
         "affect, last": ("affect", 12, {"positions": "last", **small}),
         "affect, all": ("affect", 6, {"positions": "all", **small}),
