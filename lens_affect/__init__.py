@@ -109,6 +109,7 @@ if TYPE_CHECKING:
     from lens_affect.plotting import plot_similarity as plot_similarity
     from lens_affect.plotting import plot_valence_arousal as plot_valence_arousal
     from lens_affect.plotting_modules import plot_delta as plot_delta
+    from lens_affect.plotting_modules import plot_parts as plot_parts
     from lens_affect.plotting_modules import plot_selectivity as plot_selectivity
     from lens_affect.plotting_patching import plot_patching as plot_patching
     from lens_affect.plotting_patching import plot_positions as plot_positions
@@ -349,6 +350,7 @@ _HOME = {
     "plot_learning": "plotting_tuning",
     "plot_methods": "plotting",
     "plot_onsets": "plotting_steering",
+    "plot_parts": "plotting_modules",
     "plot_patching": "plotting_patching",
     "plot_positions": "plotting_patching",
     "plot_regimes": "plotting_steering",

@@ -91,7 +91,7 @@ class PartScores:
 
     def _share(self, values: np.ndarray, after: np.ndarray) -> tuple[float, float, float]:
         before = self.before.double().numpy()[None]
-        if two_way_interval(after - before, self.groups).low <= 0:
+        if not two_way_interval(after - before, self.groups).low > 0:  # NaN too
             return math.nan, math.nan, math.nan  # nothing was gained for certain: there is nothing to have a share of
         top = values - before if self.kind == "transfer" else after - values
         return two_way_ratio(top, after - before, self.groups)

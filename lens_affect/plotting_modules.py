@@ -1,12 +1,14 @@
-"""Weight deltas and ablation tables in, plotly figures out. Titles state the finding; intervals are always drawn."""
+"""Weight deltas, scores of modules and ablation tables in, plotly figures out. Titles state the finding; intervals are always drawn."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
 from lens_affect.deltas import ModuleDelta
-from lens_affect.plotting_patching import SITE_COLOURS
+from lens_affect.part_scores import PartScores
+from lens_affect.plotting_patching import ARM_COLOURS
 from lens_affect.selectivity import AblationTable
 from lens_affect.style import PALETTE, set_layout
 
@@ -20,15 +22,6 @@ MEASURES = {
 }
 """What a delta's heatmap can show, with the words on its scale."""
 _RATIOS = ("concentration", "concentration_to_control")
-COLOURS = {
-    **SITE_COLOURS,
-    "o": "#7F7F7F",
-    "down": "#000000",
-    "attention": "#009E73",
-    "mlp": "#882255",
-    "all": "#332288",
-}
-"""Colour of an arm; those of a patched site where there is one."""
 
 
 def plot_delta(found: ModuleDelta, *, measure: str = "concentration", title: str | None = None) -> go.Figure:
@@ -108,7 +101,7 @@ def plot_selectivity(found: AblationTable, *, title: str | None = None) -> go.Fi
                 "arrayminus": (rows["selectivity"] - rows["low"]).tolist(),
             },
             mode="markers",
-            marker={"size": 9, "color": COLOURS.get(arm, PALETTE[i % len(PALETTE)])},
+            marker={"size": 9, "color": ARM_COLOURS.get(arm, PALETTE[i % len(PALETTE)])},
             name=arm,
             customdata=rows[["affect_loss", "control_loss", "scale"]].to_numpy(),
             hovertemplate=f"{arm}: %{{y:.2f}} (affect %{{customdata[0]:.2f}}, control %{{customdata[1]:.2f}}, scale %{{customdata[2]:.3g}})<extra></extra>",
@@ -117,3 +110,69 @@ def plot_selectivity(found: AblationTable, *, title: str | None = None) -> go.Fi
     set_layout(figure, title or str(found).replace("\n", "<br>"), "blocks", "affect lost - control lost (SD)")
     figure.update_xaxes(tickvals=list(range(len(bands))), ticktext=bands, range=[-0.5, len(bands) - 0.5])
     return figure
+
+
+PART_WORDS = {
+    "transfer": "brought by the<br>module alone",
+    "revert": "lost without<br>its change",
+    "random_equal_norm": "lost with noise<br>in its place",
+    "equal_damage": "lost at equal<br>damage to language",
+}
+"""What is done to a module, on the axis."""
+
+
+def plot_parts(found: PartScores | Sequence[PartScores], *, title: str | None = None) -> go.Figure:
+    """Share of the gain of tuning that each module brings alone, or that goes with it, with 95 % intervals over seeds and examples.
+
+    Args:
+        found: of score_parts or join_parts, one or several kinds.
+        title: a finding; by default the gate against its best sibling, for the first kind.
+
+    Raises:
+        ValueError: nothing, or nothing that has a share.
+    """
+    several = [found] if isinstance(found, PartScores) else list(found)
+    tables: list[Any] = [part.to_frame() for part in several]
+    if not any(bool(table["share"].notna().any()) for table in tables):
+        raise ValueError("received no module with a share of the gain; tuning must have gained something for certain")
+    arms = list(dict.fromkeys(arm for part in several for arm in part.arms))
+    figure = go.Figure()
+    for i, arm in enumerate(arms):
+        rows = [table[table["arm"] == arm].to_dict("records") for table in tables]
+        known = [(at, row[0]) for at, row in enumerate(rows) if row and np.isfinite(row[0]["share"])]
+        figure.add_scatter(
+            x=[at + 0.7 * ((i + 0.5) / len(arms) - 0.5) for at, _ in known],
+            y=[row["share"] for _, row in known],
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [row["share_high"] - row["share"] for _, row in known],
+                "arrayminus": [row["share"] - row["share_low"] for _, row in known],
+            },
+            mode="markers",
+            marker={"size": 9, "color": ARM_COLOURS.get(arm, PALETTE[i % len(PALETTE)])},
+            name=arm,
+            customdata=[(row["score"], row["n"], row["n_seeds"]) for _, row in known],
+            hovertemplate=f"{arm}: %{{y:.2f}} (score %{{customdata[0]:.3f}}, n = %{{customdata[1]}}, %{{customdata[2]}} seeds)<extra></extra>",
+        )
+    figure.add_hline(y=0, line={"color": "#666666", "width": 1})
+    figure.add_hline(y=1, line={"color": "#7F7F7F", "width": 1, "dash": "dot"})
+    set_layout(figure, title or _parts_title(several[0]), "", "share of the gain of tuning everything")
+    words = [PART_WORDS[part.kind] for part in several]
+    figure.update_xaxes(tickvals=list(range(len(words))), ticktext=words, range=[-0.5, len(words) - 0.5])
+    return figure
+
+
+def _parts_title(found: PartScores) -> str:
+    table: Any = found.to_frame().dropna(subset=["share"]).set_index("arm")
+    singles = [arm for arm in table.index if "+" not in arm and arm not in ("mlp", "all", "gate")]
+    if "gate" not in table.index or not singles:
+        return str(found).replace("\n", "<br>")
+    other = max(singles, key=lambda arm: table.loc[arm, "share"])
+    pair = found.contrast("gate", other)
+    seen = "no difference was seen" if pair.low <= 0 <= pair.high else "the difference is beyond chance"
+    verb = "brings" if found.kind == "transfer" else "takes with it"
+    return (
+        f"{found.provenance.title}: the gate {verb} {table.loc['gate', 'share']:.2f} of the gain, {other} {table.loc[other, 'share']:.2f}; {seen}"
+        f"<br>(difference {pair.estimate:+.3f} [{pair.low:+.3f}, {pair.high:+.3f}] in {found.metric}, {len(found.before)} examples, {pair.n_seeds} seeds)"
+    )

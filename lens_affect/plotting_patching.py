@@ -23,6 +23,16 @@ SITE_COLOURS = {
     "v": "#E69F00",
 }
 """Colour of a patched site; sites that carry the same patch (patching.SAME) share it."""
+ARM_COLOURS = {
+    **SITE_COLOURS,
+    "o": "#7F7F7F",
+    "down": SITE_COLOURS["mlp_out"],
+    "attention": SITE_COLOURS["attn_out"],
+    "mlp": "#882255",
+    "all": "#332288",
+    "random": "#7F7F7F",
+}
+"""Colour of weights that are compared: a module or a group, as of the patched site where there is one."""
 
 
 def plot_patching(found: PatchingMap, *, position: str | None = None, title: str | None = None) -> go.Figure:

@@ -8,19 +8,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lens_affect.module_table import ModuleTable, mean_curve
+from lens_affect.plotting_patching import ARM_COLOURS
 from lens_affect.style import PALETTE, draw_band, set_layout
-
-ARM_COLOURS = {
-    "gate": "#D55E00",
-    "up": "#0072B2",
-    "down": "#56B4E9",
-    "attention": "#009E73",
-    "all": "#000000",
-    "random": "#7F7F7F",
-    "q": "#E69F00",
-    "k": "#CC79A7",
-}
-"""Colour of an arm by the first word of its label; the gate's is the same as in the figures of patching."""
 
 
 def _colour(label: str) -> str:

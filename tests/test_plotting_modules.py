@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from lens_affect.deltas import compare_modules
-from lens_affect.plotting_modules import plot_delta, plot_selectivity
+from lens_affect.plotting_modules import PART_WORDS, plot_delta, plot_parts, plot_selectivity
+from lens_affect.plotting_patching import ARM_COLOURS
 from lens_affect.sizes import MODULES
 from tests.test_checkpoint_pairs import changed
+from tests.test_part_scores import planted as planted_parts
 from tests.test_selectivity import table
 from tests.tiny import make_hf_model
 
@@ -40,3 +42,18 @@ def test_selectivity_is_drawn_with_its_intervals():
     assert gate.y[0] + gate.error_y.array[0] == pytest.approx(rows["high"][0])
     assert gate.y[0] - gate.error_y.arrayminus[0] == pytest.approx(rows["low"][0])
     assert "most selective: gate" in figure.layout.title.text
+
+
+def test_parts_show_the_share_of_every_module_with_its_interval():
+    shares = {"gate": 0.7, "up": 0.4, "gate+up": 0.9}
+    found = [planted_parts("transfer", shares), planted_parts("revert", {"gate": 0.6, "up": 0.2})]
+    figure = plot_parts(found)
+    gate, up, pair = figure.data
+    assert list(gate.y) == [part.to_frame().set_index("arm").loc["gate", "share"] for part in found]
+    assert len(pair.y) == 1
+    assert (gate.marker.color, up.marker.color) == (ARM_COLOURS["gate"], ARM_COLOURS["up"])
+    assert all(x > 0 for x in gate.error_y.array)
+    assert list(figure.layout.xaxis.ticktext) == [PART_WORDS["transfer"], PART_WORDS["revert"]]
+    assert "the gate brings 0.70 of the gain, up 0.40; the difference is beyond chance" in figure.layout.title.text
+    with pytest.raises(ValueError, match="no module with a share"):
+        plot_parts(planted_parts("transfer", {"gate": 0.5}, seeds=1, n=1))

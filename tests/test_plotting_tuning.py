@@ -3,7 +3,8 @@
 import pytest
 
 from lens_affect.module_table import compare_arms, learning_curves
-from lens_affect.plotting_tuning import ARM_COLOURS, plot_learning, plot_retention
+from lens_affect.plotting_patching import ARM_COLOURS
+from lens_affect.plotting_tuning import plot_learning, plot_retention
 from tests.planted_runs import campaign
 
 ARMS = {"all": (0.6, 400), "gate, rank 4": (0.45, 100), "up, rank 4": (0.55, 100)}
