@@ -8,9 +8,10 @@ block seed by seed, so that what is there at any time is a balanced comparison. 
 one has. 05_modules.py reads them.
 
 Blocks: `equal`, equal rank and equal size (SmolLM2-135M-Instruct, GoEmotions, 27 labels, LoRA rank 4 against the gate's number of weights
-at rank 4); `landing`, everything tuned on the control tasks; `parts`, the modules of everything-tuned models scored one by one; `topics` of
-our passages and `shuffled` labels, controls of single modules; `writing`; `rank1`, as `equal` with rank 1; `full`, whole weights; `study`,
-all that is there as one result. Name blocks to run only these. Learning rates are chosen once per kind of arm (seed 0) and kept in `rates`.
+at rank 4); `landing`, everything tuned on the control tasks; `parts`, the modules of everything-tuned models scored one by one, and
+`bands`, noise in thirds of their blocks; `topics` of our passages and `shuffled` labels, controls of single modules; `writing`; `rank1`, as
+`equal` with rank 1; `full`, whole weights; `study`, all that is there as one result. Name blocks to run only these. Learning rates are
+chosen once per kind of arm (seed 0) and kept in `rates`.
 """
 
 import argparse
@@ -60,7 +61,7 @@ class Job:
     @property
     def kind(self) -> str:
         """What arms that differ in their seed only have in common."""
-        if self.block in ("parts", "study"):
+        if self.block in NO_ARM:
             return f"{self.block}-{self.modules}"
         how = f"rank{self.rank}" if self.size == "rank" else f"size-of-gate-rank{self.rank}"
         return f"{self.task}-{self.modules}-{how if self.method == 'lora' else 'full'}"
@@ -89,7 +90,7 @@ def campaign() -> list[Job]:
         return [Job("landing", "all", seed, task=task) for task in ("topics", "goemotions_shuffled")]
 
     def parts(seed: int) -> list[Job]:
-        return [Job("parts", kind, seed) for kind in KINDS]
+        return [Job("parts", kind, seed) for kind in KINDS] + [Job("bands", "all", seed)] * (seed == 0)
 
     jobs = [job for seed in range(3) for job in (*equal(seed, RANK, "equal"), *landing(seed), *parts(seed))]
     jobs += [job for seed in range(2) for job in (*controls(seed), *writing(seed))]
@@ -164,8 +165,8 @@ def rate_of(model: Any, job: Job) -> float:
 
 def run(model: Any, job: Job) -> None:
     """One arm, from the choice of its rate to its scores on the other tasks."""
-    if job.block in ("parts", "study"):
-        score_modules(model, job) if job.block == "parts" else study(model)
+    if job.block in NO_ARM:
+        NO_ARM[job.block](model, job)
         return
     folder, start = RUNS / job.name, time.monotonic()
     if (folder / "done.json").is_file():
@@ -234,7 +235,33 @@ def score_modules(model: Any, job: Job) -> None:
     print(found)
 
 
-def study(model: Any) -> None:
+def scan_bands(model: Any, job: Job) -> None:
+    """Noise in each module of each third of the blocks, at the scales of equal damage over all blocks: affect lost minus language lost."""
+    folder, damage = RUNS / "study" / "bands", RUNS / "study" / "seeds" / f"equal_damage-seed{job.seed}"
+    if (folder / "manifest.json").is_file() or not (damage / "manifest.json").is_file():
+        return
+    scored, task = la.PartScores.load(damage), task_of("goemotions")
+    scales = {
+        arm: float(scale) for arm, scale in zip(scored.arms, scored.scales[:, 0], strict=True) if torch.isfinite(scale)
+    }
+    if not scales:
+        return
+    examples = task.examples("test", n=N_PARTS // 4)
+    with la.tuned_weights(model, la.Tuned.load(RUNS / f"goemotions-all-rank{RANK}-seed{job.seed}" / "tuned")):
+        found = la.scan_ablations(
+            model,
+            arms=list(scales),
+            affect=lambda m: task.score(m, examples).values.double().numpy(),
+            control=lambda m: -la.neutral_loss(m),
+            bands=3,
+            scales=scales,
+            affect_groups=[e.group for e in examples],
+        )
+    found.save(folder)
+    print(found)
+
+
+def study(model: Any, job: Job) -> None:
     """Everything that is there by now, as one result."""
     ranked = {m: finished(f"goemotions-{m}-rank{RANK}") for m in ("gate", "up", "down", "attention", "all")}
     fitted = {m: finished(f"goemotions-{m}-size-of-gate-rank{RANK}") for m in ("attention", "random")}
@@ -253,6 +280,9 @@ def study(model: Any) -> None:
     )
     print(found)
     print(la.module_scorecard(found))
+
+
+NO_ARM = {"parts": score_modules, "bands": scan_bands, "study": study}
 
 
 def main() -> None:

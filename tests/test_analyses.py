@@ -110,7 +110,7 @@ def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(monkeyp
     monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path))
     monkeypatch.setenv("LENS_AFFECT_QUICK", "1")
     names = runpy.run_path(str(ROOT / "analyses" / "tune_arms.py"))
-    blocks = ("equal", "landing", "parts", "study")
+    blocks = ("equal", "landing", "parts", "bands", "study")
     run, jobs = names["run"], [job for job in names["campaign"]() if job.block in blocks and job.seed == 0]
     run.__globals__.update(STEPS=2, CHECK_EVERY=1, N_TEST=8, N_PARTS=8)
     monkeypatch.setattr("lens_affect.damage.MOST_TRIALS", 2)
@@ -132,6 +132,7 @@ def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(monkeyp
     runpy.run_path(str(ROOT / "analyses" / "05_modules.py"))
     printed = capsys.readouterr().out
     assert "9 finished runs" in printed
+    assert "G4, reverted: " in printed
     assert "next-token loss on texts without emotion" in printed
 
 
