@@ -1,7 +1,8 @@
 """Examples of affect tasks and of control tasks, from published data in a folder, from our own texts, or made here. Nothing here knows a model.
 
 GoEmotions (Demszky et al., 2020, arXiv:2005.00547), MELD (Poria et al., 2019, arXiv:1810.02508). Both are read from LENS_AFFECT_DATA, as
-`goemotions/{train,dev,test}.tsv` with `labels.txt`, and `meld/{train,dev,test}_sent_emo.csv`; the package ships neither.
+`goemotions/{train,dev,test}.tsv` with `labels.txt`, and `meld/{train,dev,test}_sent_emo.csv`; the package ships neither. Where that variable is not
+set, GoEmotions is fetched from the Hugging Face hub.
 """
 
 import os
@@ -45,6 +46,8 @@ EKMAN = {
 """Ekman's six with the GoEmotions labels that the data set's authors put under each."""
 N_VALIDATION = 1024
 """Rows of the published training split that are kept for validation where a data set is large."""
+HUB_GOEMOTIONS = "google-research-datasets/go_emotions"
+"""The same rows on the hub, as `simplified/{train,validation,test}-*.parquet`."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +71,19 @@ def data_folder(name: str) -> Path:
     Raises:
         FileNotFoundError: the variable is not set, or the folder is not there.
     """
-    root = os.environ.get("LENS_AFFECT_DATA")
-    place = Path(root or "data") / name
+    place = Path(os.environ.get("LENS_AFFECT_DATA") or "data") / name
     if not place.is_dir():
-        state = f"LENS_AFFECT_DATA is {root!r}" if root else "LENS_AFFECT_DATA is not set"
-        raise FileNotFoundError(
-            f"received no folder {place} ({state}); set LENS_AFFECT_DATA to a folder that holds {name}/ (lens_affect/task_data.py says which "
-            "files), or use a task that needs none: passages, topics, arithmetic, neutral_text, writing, or a CSV"
-        )
+        raise FileNotFoundError(_missing(name))
     return place
+
+
+def _missing(name: str) -> str:
+    root = os.environ.get("LENS_AFFECT_DATA")
+    state = f"LENS_AFFECT_DATA is {root!r}" if root else "LENS_AFFECT_DATA is not set"
+    return (
+        f"received no folder {Path(root or 'data') / name} ({state}); set LENS_AFFECT_DATA to a folder that holds {name}/ (lens_affect/task_data.py says "
+        "which files), or use a task that needs none: passages, topics, arithmetic, neutral_text, writing, or a CSV"
+    )
 
 
 def goemotions(*, ekman: bool = False, max_words: int | None = None) -> Examples:
@@ -86,20 +93,21 @@ def goemotions(*, ekman: bool = False, max_words: int | None = None) -> Examples
         ekman: Ekman's six instead of the 27.
         max_words: longest comment.
 
+    Raises:
+        FileNotFoundError: neither the folder nor the hub has them.
+
     Returns:
         `train` and `validation` from the published training split, `test` from the published test split, and behind it the published
         development split. Comments whose text is in training too, or is there twice, are left out of `test`.
     """
-    place = data_folder("goemotions")
-    names = (place / "labels.txt").read_text(encoding="utf-8").split()
+    rows, names = _read_goemotions()
     group_of = {label: group for group, members in EKMAN.items() for label in members}
 
     def read(split: str) -> list[Example]:
-        lines = (place / f"{split}.tsv").read_text(encoding="utf-8").rstrip("\n").split("\n")
         found = []
-        for text, ids, row in (line.split("\t") for line in lines):
-            if "," not in ids and names[int(ids)] != NEUTRAL and (max_words is None or len(text.split()) <= max_words):
-                label = group_of[names[int(ids)]] if ekman else names[int(ids)]
+        for text, ids, row in rows[split]:
+            if len(ids) == 1 and names[ids[0]] != NEUTRAL and (max_words is None or len(text.split()) <= max_words):
+                label = group_of[names[ids[0]]] if ekman else names[ids[0]]
                 found.append(Example(" ".join(text.split()), (label,), row))
         return found
 
@@ -109,6 +117,40 @@ def goemotions(*, ekman: bool = False, max_words: int | None = None) -> Examples
         e for e in {e.text.lower(): e for e in (*read("test"), *read("dev"))}.values() if e.text.lower() not in seen
     ]
     return _with_validation(train, test)
+
+
+Rows = list[tuple[str, tuple[int, ...], str]]
+
+
+def _read_goemotions() -> tuple[dict[str, Rows], list[str]]:
+    """(text, label numbers, id) of the published splits, and the labels' names; from a folder, or from the hub where none is named."""
+    if "LENS_AFFECT_DATA" not in os.environ and not Path("data/goemotions").is_dir():
+        return _goemotions_from_hub()
+    place = data_folder("goemotions")
+    found: dict[str, Rows] = {}
+    for split in ("train", "dev", "test"):
+        lines = (place / f"{split}.tsv").read_text(encoding="utf-8").rstrip("\n").split("\n")
+        parts = [line.split("\t") for line in lines]
+        found[split] = [(text, tuple(int(i) for i in ids.split(",")), row) for text, ids, row in parts]
+    return found, (place / "labels.txt").read_text(encoding="utf-8").split()
+
+
+def _goemotions_from_hub() -> tuple[dict[str, Rows], list[str]]:
+    from huggingface_hub import snapshot_download
+
+    try:
+        place = Path(snapshot_download(HUB_GOEMOTIONS, repo_type="dataset", allow_patterns=["simplified/*.parquet"]))
+    except Exception as error:  # the hub's client raises a dozen kinds, and the network more
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{_missing('goemotions')}. The Hugging Face hub did not help: {reason}") from error
+    found: dict[str, Rows] = {}
+    for split, name in (("train", "train"), ("dev", "validation"), ("test", "test")):
+        tables = [pd.read_parquet(path) for path in sorted((place / "simplified").glob(f"{name}-*.parquet"))]
+        table = pd.concat(tables, ignore_index=True)
+        each = zip(table["text"], table["labels"], table["id"], strict=True)
+        found[split] = [(str(text), tuple(int(i) for i in ids), str(row)) for text, ids, row in each]
+    # the hub's label numbers are those of the published labels.txt
+    return found, [*sorted(label for members in EKMAN.values() for label in members), NEUTRAL]
 
 
 def _with_validation(train: Sequence[Example], test: Sequence[Example]) -> Examples:

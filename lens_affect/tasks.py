@@ -508,7 +508,7 @@ def load_task(
 
     Raises:
         ValueError: an unknown name, or a table with one label only.
-        FileNotFoundError: GoEmotions or MELD without LENS_AFFECT_DATA.
+        FileNotFoundError: MELD without LENS_AFFECT_DATA, or GoEmotions without that and without the hub.
 
     Example:
         >>> load_task("arithmetic").title

@@ -1,5 +1,6 @@
 """What must be true: no text and no group on two sides of a split, labels as published, clear words where data are missing."""
 
+import pandas as pd
 import pytest
 
 from lens_affect.stimuli import NEUTRAL, load_stimuli
@@ -53,6 +54,40 @@ def test_goemotions_keeps_comments_with_one_emotion_and_no_text_twice(data):
     assert len(found["train"]) + len(found["validation"]) == 48
     assert len(found["test"]) == 96  # the published test and development splits
     assert found == goemotions()
+
+
+def test_goemotions_of_the_hub_are_those_of_the_folder(tmp_path, monkeypatch):
+    """The hub's files hold the same rows with the same label numbers, in lists."""
+    write_goemotions(tmp_path / "data")
+    hub = tmp_path / "hub" / "simplified"
+    hub.mkdir(parents=True)
+    for split, name in (("train", "train"), ("dev", "validation"), ("test", "test")):
+        lines = (tmp_path / "data" / "goemotions" / f"{split}.tsv").read_text().splitlines()
+        rows = [
+            (text, [int(i) for i in ids.split(",")], row) for text, ids, row in (line.split("\t") for line in lines)
+        ]
+        pd.DataFrame(rows, columns=["text", "labels", "id"]).to_parquet(hub / f"{name}-00000-of-00001.parquet")
+    monkeypatch.setenv("LENS_AFFECT_DATA", str(tmp_path / "data"))
+    expected = goemotions()
+    monkeypatch.delenv("LENS_AFFECT_DATA")
+    monkeypatch.chdir(tmp_path / "hub")
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **k: asked.append(name) or str(tmp_path / "hub")
+    )
+    assert goemotions() == expected
+    assert asked == ["google-research-datasets/go_emotions"]
+
+
+def test_labels_of_the_hub_are_numbered_as_published():
+    assert sorted(label for members in EKMAN.values() for label in members) == LABELS[:-1]
+
+
+def test_without_a_folder_and_without_a_hub_both_are_named(tmp_path, monkeypatch):
+    monkeypatch.delenv("LENS_AFFECT_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"LENS_AFFECT_DATA is not set.*The Hugging Face hub did not help"):
+        goemotions()
 
 
 def test_goemotions_in_ekmans_six_and_short_comments_only(data):
