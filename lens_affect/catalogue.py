@@ -409,23 +409,42 @@ def convert_gguf(
 
 
 def converted_gguf(gguf: Path) -> Path:
-    """Folder in the cache with a user's GGUF file as safetensors; converted on the first call."""
+    """Folder in the cache with a user's GGUF file as safetensors; converted on the first call.
+
+    Raises:
+        ValueError: a file that is no GGUF or is cut short, or an architecture that transformers does not read from GGUF.
+    """
     from filelock import FileLock
 
-    digest = file_sha256(gguf)
+    digest, precision = file_sha256(gguf), gguf_precision(gguf)
     folder = cache_folder() / "models" / f"{gguf.stem}-{digest[:8]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / CARD).is_file():
-            convert_gguf(gguf, folder, title=gguf.stem, source=str(gguf), precision=gguf_precision(gguf))
+            try:
+                convert_gguf(gguf, folder, title=gguf.stem, source=str(gguf), precision=precision)
+            except (ValueError, KeyError) as error:
+                raise ValueError(
+                    f"received {gguf}, which transformers cannot read ({error}); allowed are GGUF files of the architectures that it converts: load the "
+                    "original model from a folder instead"
+                ) from error
     return folder
 
 
 def gguf_precision(gguf: Path) -> str | None:
-    """Name of the file's quantization, such as `Q4_1`, or None for 16 or 32 bits."""
+    """Name of the file's quantization, such as `Q4_1`, or None for 16 or 32 bits.
+
+    Raises:
+        ValueError: a file that is no GGUF, or is cut short.
+    """
     from gguf import GGUFReader, LlamaFileType
 
-    field = GGUFReader(str(gguf)).get_field("general.file_type")
+    try:
+        field = GGUFReader(str(gguf)).get_field("general.file_type")
+    except (ValueError, IndexError) as error:
+        raise ValueError(
+            f"received {gguf}, which is no whole GGUF file ({error}); fetch it again and compare its size with the source's"
+        ) from error
     if field is None:
         return "quantized"
     name = LlamaFileType(field.contents()).name.removeprefix("MOSTLY_")

