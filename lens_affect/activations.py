@@ -10,7 +10,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +36,7 @@ from lens_affect.selfchecks import ensure_checked
 from lens_affect.sites import SITES, Site, resolve_site
 from lens_affect.spool import Moments, Spool
 from lens_affect.stimuli import Stimuli
+from lens_affect.unwrapping import plain_hooks, plain_trunk, reads_plain
 
 log = logging.getLogger(__name__)
 
@@ -310,21 +310,48 @@ class _Reader:
         self.model, self.layers = model, layers
         self._weights: dict[str, Tensor] = {}
         self._pooled: dict[str, dict[str, Tensor]] = {}
-        self._hooks = [(s.at(layer), self._pool(s.name, i)) for s in sites for i, layer in enumerate(layers)]
+        self._sites = {s.name: s for s in sites}
         if "resid_post" in self.shapes:
             self.shapes["embedding"] = (1, int(model.cfg.d_model))
-            self._hooks.append((resolve_site(model, "resid_pre").at(0), self._pool("embedding", 0)))
-        if max(layers) + 1 < int(model.cfg.n_layers):
-            self._hooks.append((resolve_site(model, "resid_post").at(max(layers)), _stop))
-        self._placed: AbstractContextManager[Any] = nullcontext()
+        self._placed = contextlib.ExitStack()
 
     def __enter__(self) -> "_Reader":
-        self._placed = add_hooks(self.model, self._hooks)
-        self._placed.__enter__()
+        between_blocks = set(self._sites) <= {"resid_post"} and reads_plain(self.model)
+        with contextlib.ExitStack() as placed:
+            if between_blocks:
+                blocks = placed.enter_context(plain_trunk(self.model))
+                placed.enter_context(plain_hooks(blocks, {0: self._pool("embedding", 0)}, self._of_blocks()))
+            else:
+                placed.enter_context(add_hooks(self.model, self._of_points()))
+            self._placed = placed.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._placed.__exit__(*error)
+
+    def _of_blocks(self) -> dict[int, Callable[..., None]]:
+        """What is done with the output of each block that is read."""
+        pools = {layer: self._pool("resid_post", i) for i, layer in enumerate(self.layers)}
+        if max(self.layers) + 1 == int(self.model.cfg.n_layers):
+            return pools
+        last = pools[max(self.layers)]
+
+        def pool_and_stop(value: Tensor) -> None:
+            last(value)
+            _stop(value)
+
+        return {**pools, max(self.layers): pool_and_stop}
+
+    def _of_points(self) -> list[tuple[str, Callable[..., None]]]:
+        """What is done at each hook point that is read."""
+        found = [
+            (s.at(layer), self._pool(s.name, i)) for s in self._sites.values() for i, layer in enumerate(self.layers)
+        ]
+        if "resid_post" in self._sites:
+            found.append((resolve_site(self.model, "resid_pre").at(0), self._pool("embedding", 0)))
+        if max(self.layers) + 1 < int(self.model.cfg.n_layers):
+            found.append((resolve_site(self.model, "resid_post").at(max(self.layers)), _stop))
+        return found
 
     def read(self, batch: list[Encoded], weights: dict[str, list[dict[int, float]]]) -> dict[str, dict[str, Tensor]]:
         """Pooled rows of one batch, `[row, layer, width]`, by pooling and site; `embedding` beside resid_post."""

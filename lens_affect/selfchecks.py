@@ -4,6 +4,7 @@ Each of these is a bug that some tool of this field has shipped: padding that le
 hook that fires twice or never, a site that is not what its name says, logits that differ from Hugging Face's.
 """
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from lens_affect.adapter import (
     update_provenance,
 )
 from lens_affect.sites import SITES, resolve_site
+from lens_affect.unwrapping import CHECK, can_be_plain, plain_hooks, plain_trunk
 
 CHECK_TEXTS = (
     "The bus was late again, and it had begun to rain.",
@@ -132,6 +134,7 @@ def check_model(model: LensModel) -> CheckReport:
     checks = [
         _check_parity(model, info.reference_logits, tolerance["log_probabilities"]),
         _check_padding(model, tolerance["activations"]),
+        _check_plain(model, tolerance["activations"]),
         *_check_hooks(model, tolerance["activations"]),
         _check_bos(model),
         _check_chat_template(model),
@@ -197,6 +200,29 @@ def _check_padding(model: LensModel, tolerance: float) -> Check:
         f"largest relative difference {worst:.1e}, allowed {tolerance:.0e}",
         "Padding leaks into the activations: the attention mask is ignored. Do not use this model with batches.",
     )
+
+
+def _check_plain(model: LensModel, tolerance: float) -> Check:
+    """What makes reading faster where it holds; where it does not, the wrappers stay on, and nothing has failed."""
+    if not can_be_plain(model):
+        return Check(CHECK, "not applicable", "it is read through its hook points", "")
+    site, layers = resolve_site(model, "resid_post"), range(model.cfg.n_layers)
+    batch = [encode(model, text) for text in CHECK_TEXTS]
+    wrapped, _ = _read(model, batch, [site.at(layer) for layer in layers])
+    seen: dict[int, Tensor] = {}
+    tokens, mask = pad_right(batch, pad_token_id(model), device_of(model))
+    keep = {layer: functools.partial(seen.__setitem__, layer) for layer in layers}
+    with plain_trunk(model) as blocks, plain_hooks(blocks, {}, keep):
+        run_trunk(model, tokens, mask)
+    differences = []
+    for layer in layers:
+        for row, encoded in enumerate(batch):
+            places = list(encoded.content)
+            a, b = wrapped[site.at(layer)][row][places], seen[layer][row].float()[places]
+            differences.append(((a - b).norm(dim=-1) / a.norm(dim=-1).clamp_min(1e-12)).max())
+    worst = torch.stack(differences).max().item()
+    outcome = "passed" if worst <= tolerance else "not applicable"
+    return Check(CHECK, outcome, f"largest relative difference {worst:.1e}, allowed {tolerance:.0e}", "")
 
 
 def _check_hooks(model: LensModel, tolerance: float) -> list[Check]:

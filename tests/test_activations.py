@@ -148,7 +148,7 @@ def test_provenance_says_how_each_text_began(tiny_model):
     found = extract_activations(tiny_model("llama"), mixed).provenance
     assert found.bos == "prepended+template"
     assert found.stimuli_hash == mixed.hash
-    assert len(found.checks) == 8
+    assert len(found.checks) == 9
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ def test_the_catalogue_lists_models_with_what_is_cached(empty_cache):
 def test_the_doctor_prints_a_table_of_checks(model_folder):
     done = runner.invoke(app, ["doctor", model_folder])
     assert done.exit_code == 0, done.output
-    assert "8 of 8 self-checks passed" in done.stdout
+    assert "9 of 9 self-checks passed" in done.stdout
     rows = json.loads(runner.invoke(app, ["doctor", model_folder, "--json"]).stdout)
     assert all(row["outcome"] == "passed" for row in rows)
 
