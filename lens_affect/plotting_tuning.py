@@ -39,6 +39,7 @@ def plot_retention(tables: ModuleTable | Mapping[str, ModuleTable], *, title: st
         x=place,
         y=shown["retention"],
         marker_color=[_colour(a) for a in shown["arm"]],
+        marker_opacity=0.6,  # or the intervals are lost on a dark bar
         error_y={
             "array": shown["retention_high"] - shown["retention"],
             "arrayminus": shown["retention"] - shown["retention_low"],
