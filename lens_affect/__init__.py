@@ -188,6 +188,7 @@ if TYPE_CHECKING:
     from lens_affect.transfers import transfer_modules as transfer_modules
     from lens_affect.tuned import Tuned as Tuned
     from lens_affect.tuned import write_adapter as write_adapter
+    from lens_affect.tuning import NoRateError as NoRateError
     from lens_affect.tuning import choose_rate as choose_rate
     from lens_affect.tuning import run_arms as run_arms
     from lens_affect.tuning import tune_module as tune_module
@@ -239,6 +240,7 @@ _HOME = {
     "ModuleTable": "module_table",
     "NeuronTable": "neurons",
     "Onsets": "boundaries",
+    "NoRateError": "tuning",
     "PartScores": "part_scores",
     "PatchingMap": "patching",
     "Provenance": "results",

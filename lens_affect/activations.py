@@ -533,7 +533,8 @@ def _settle_precision(model: LensModel, encoded: list[Encoded], weights: dict[st
     site, layers = [resolve_site(model, "resid_post")], tuple(range(int(model.cfg.n_layers)))
     with _Reader(model, site, layers, tuple(weights)) as reader:
         coarse = reader.read(batch, pooling)
-        info.restore_float32()
+    info.restore_float32()  # parameters go by their names, which are others while the wrappers are off
+    with _Reader(model, site, layers, tuple(weights)) as reader:
         fine = reader.read(batch, pooling)
     worst = min(torch.cosine_similarity(coarse[p][k], fine[p][k], dim=-1).min().item() for p in fine for k in fine[p])
     if worst >= MINIMUM_COSINE:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lens_affect.adapter import model_info
 from lens_affect.checkpoints import Checkpoint, has_lora, locate_weights, open_checkpoint
 from lens_affect.lora import (
     Adapter,
@@ -43,6 +44,13 @@ class CheckpointPair:
     def linear_keys(self) -> tuple[str, ...]:
         """Places of linear modules, block by block."""
         return tuple(key for key in self.keys if self.base.parts[key].is_linear)
+
+    @property
+    def untouched_keys(self) -> tuple[str, ...]:
+        """Places of linear modules that an adapter leaves alone: they count as unchanged, not as absent."""
+        if not isinstance(self.tuned, Adapter):
+            return ()
+        return tuple(key for key, part in self.base.parts.items() if part.is_linear and key not in self.keys)
 
     def base_weight(self, key: str, rows: slice = slice(None)) -> Tensor:
         """A tensor of the base, float32."""
@@ -109,6 +117,25 @@ def open_pair(base: Any, tuned: Any, *, any_base: bool = False) -> CheckpointPai
     if isinstance(other, Adapter):
         return _with_adapter(opened, other, any_base=any_base)
     return _with_checkpoint(opened, other)
+
+
+def require_same_base(base: Any, run: Any) -> None:
+    """Refuse a run of tune_module that was tuned from other weights than those of a bridge; anything else is not known here and passes.
+
+    Args:
+        base: what stands for the base.
+        run: what was tuned.
+
+    Raises:
+        ValueError: another base of the same shape.
+    """
+    if not isinstance(run, Tuned) or not hasattr(base, "hook_dict"):
+        return
+    here = model_info(base).provenance
+    if run.provenance.weights_sha256 != here.weights_sha256:
+        raise ValueError(
+            f"received a run of {run.provenance.title} for {here.title} (weights differ); load the model it was tuned from"
+        )
 
 
 def _open_tuned(tuned: Any) -> Checkpoint | Adapter:

@@ -135,15 +135,18 @@ def sweep(
 
 @app.command()
 def scorecard(
-    runs: Annotated[list[str], typer.Argument(help="Folders of finished sweeps.")],
+    runs: Annotated[list[str], typer.Argument(help="Folders of finished sweeps, or of studies of modules.")],
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Judge the published claims by finished runs, each by its declared rule."""
     with reporting_errors():
-        from lens_affect.scorecard import make_scorecard
+        from lens_affect.module_study import ModuleStudy
+        from lens_affect.scorecard import make_scorecard, module_scorecard
         from lens_affect.sweeps import load_sweep
 
-        card = make_scorecard([load_sweep(run) for run in runs])
+        modules = [ModuleStudy.load(run) for run in runs if (Path(run) / "landing" / "manifest.json").is_file()]
+        sweeps = [load_sweep(run) for run in runs if not (Path(run) / "landing" / "manifest.json").is_file()]
+        card = make_scorecard(sweeps, modules=modules) if sweeps else module_scorecard(modules)
         if json:
             print(card.to_frame().to_json(orient="records", indent=1))
             return

@@ -15,10 +15,12 @@ from typing import Any
 import pandas as pd
 import torch
 
+from lens_affect.catalogue import CATALOGUE
 from lens_affect.checkpoint_pairs import open_pair
 from lens_affect.checkpoints import Checkpoint
 from lens_affect.sizes import count_layers, module_shapes, read_config
 from lens_affect.spectra import BLOCK_ENTRIES, BLOCK_ROWS, singular_values, spectral_norm
+from lens_affect.tuning_plans import locate_config
 
 DISK = 0.5e9
 """Bytes per second that a file is assumed to be read at."""
@@ -97,7 +99,7 @@ def plan_delta(
     """Say what compare_modules will take, before any weight is read.
 
     Args:
-        base: as for compare_modules; a folder may hold a config.json alone.
+        base: as for compare_modules; a folder may hold a config.json alone, and of a hub model that is not here only the config is fetched.
         tuned: the same.
         control: also read, without singular values.
         spectrum: as for compare_modules.
@@ -115,15 +117,16 @@ def plan_delta(
     config_only = _config_only(base)
     if config_only is not None:
         shapes, extra, width = _from_config(config_only)
-        name, assumed, sides = str(base), "shapes and precision from config.json", 2
+        name, assumed = str(base), "shapes and precision from config.json, both sides as large"
         read = 2 * width * (sum(a * b for a, b in shapes) + extra)
     else:
         pair = open_pair(base, tuned, any_base=any_base)
-        parts = [pair.base.parts[key] for key in pair.keys]
+        keys = (*pair.keys, *pair.untouched_keys)
+        parts = [pair.base.parts[key] for key in keys]
         shapes = [(p.shape[0], p.shape[1]) for p in parts if p.is_linear]
         extra = sum(p.size for p in parts if not p.is_linear)
         sides = [side for side in (pair.base, pair.tuned) if side.source is not None]
-        read = sum(_stored_bytes(side, pair.keys) for side in sides)
+        read = sum(_stored_bytes(side, keys) for side in sides)
         name, assumed = (
             f"{pair.base.title} -> {pair.tuned.title}",
             "shapes from the files" if sides else "shapes from memory",
@@ -146,15 +149,26 @@ def plan_delta(
     )
 
 
-def _config_only(base: Any) -> Path | None:
-    """A folder with a config and no weights."""
-    if not isinstance(base, str | Path) or not (Path(base) / "config.json").is_file():
+def _config_only(base: Any) -> Any:
+    """The config of a folder without weights, or of a hub model whose weights are not here; None for everything else."""
+    if not isinstance(base, str | Path):
         return None
-    return None if any(Path(base).glob("*.safetensors")) else Path(base)
+    if Path(base).is_dir():
+        there = (Path(base) / "config.json").is_file() and not any(Path(base).glob("*.safetensors"))
+        return read_config(Path(base)) if there else None
+    entry = CATALOGUE.get(str(base))
+    if (entry is not None and entry.source != "hub") or Path(base).suffix == ".gguf":
+        return None
+    hub_id = str(entry.hub_id) if entry is not None else str(base)
+    from huggingface_hub import try_to_load_from_cache
+
+    names = ("model.safetensors", "model.safetensors.index.json")
+    if "/" not in hub_id or any(isinstance(try_to_load_from_cache(hub_id, name), str) for name in names):
+        return None
+    return locate_config(hub_id)
 
 
-def _from_config(folder: Path) -> tuple[list[tuple[int, int]], int, int]:
-    config = read_config(folder)
+def _from_config(config: Any) -> tuple[list[tuple[int, int]], int, int]:
     shapes = list(module_shapes(config).values()) * count_layers(config)
     hidden, vocabulary = module_shapes(config)["o"][0], int(config.get("vocab_size") or 0)
     width = _BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 2)

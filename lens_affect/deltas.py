@@ -292,8 +292,8 @@ def compare_modules(
         rows.append(_measure(pair, key, spectrum and part.is_linear))
         if progress:
             progress(i + 1, total)
-    rows += [_unchanged(pair, key, spectrum) for key in _untouched(pair)]
-    keys = (*pair.keys, *_untouched(pair))
+    rows += [_unchanged(pair, key, spectrum) for key in pair.untouched_keys]
+    keys = (*pair.keys, *pair.untouched_keys)
     columns = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
     parts = [pair.base.parts[key] for key in keys]
     commit, dirty = git_state()
@@ -321,18 +321,11 @@ def compare_modules(
     return found
 
 
-def _untouched(pair: CheckpointPair) -> tuple[str, ...]:
-    """Linear modules that an adapter leaves alone: they count as unchanged, not as absent."""
-    if not hasattr(pair.tuned, "targets"):
-        return ()
-    return tuple(key for key, part in pair.base.parts.items() if part.is_linear and key not in pair.keys)
-
-
 def _unchanged(pair: CheckpointPair, key: str, spectrum: bool) -> dict[str, float | int]:
     base = pair.base_weight(key)
     top = spectral_norm(base) if spectrum else math.nan
     zero = 0.0 if spectrum else math.nan
-    return _row(0.0, float(base.double().square().sum()), base.numel(), zero, top, zero)
+    return _row(0.0, squared_norm(base), base.numel(), zero, top, zero)
 
 
 def _row(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lens_affect.checkpoint_pairs import require_same_base
 from lens_affect.deltas import compare_modules
 from lens_affect.results import Provenance, load_result, save_result
 from lens_affect.sizes import choose_modules
@@ -122,6 +123,9 @@ class Landing:
         lines = []
         for run in self.runs:
             part: Any = own[own["run"] == run]
+            if not part["concentration"].notna().any():
+                lines.append(f"{run}: nothing changed")
+                continue
             best: Any = part.loc[part["concentration"].idxmax()]
             lines.append(
                 f"{run}: {best['module']} has {best['concentration']:.2f} [{best['low']:.2f}, {best['high']:.2f}] times its share of parameters in the "
@@ -142,21 +146,26 @@ def measure_landing(base: Any, runs: Mapping[str, Sequence[Tuned]]) -> Landing:
         runs: what was tuned on -> one run per seed; the first is the claim's, the others are controls.
 
     Returns:
-        The changes. Runs that exploded are left out.
+        The changes. Runs that exploded, or never became better than the base, are left out, and a control of which nothing else is there.
 
     Raises:
-        ValueError: no runs, or runs that did not train the same linear modules.
+        ValueError: no runs, runs of another base, or runs that did not train the same linear modules.
 
     Example:
         >>> measure_landing(model, {"goemotions": tuned, "topics": controls}).ratio("gate", "up")  # doctest: +SKIP
     """
-    kept = {label: [run for run in several if not run.exploded] for label, several in runs.items()}
+    kept = {label: [run for run in several if not run.exploded and run.best_step] for label, several in runs.items()}
+    first_label = next(iter(kept), None)
+    kept = {label: several for label, several in kept.items() if several or label == first_label}
     modules = {tuple(sorted({place.rpartition(".")[2] for place in r.arm.ranks})) for s in kept.values() for r in s}
     if not kept or not all(kept.values()) or len(modules) != 1:
         raise ValueError(
             f"received the runs {[*kept]} with {[len(s) for s in kept.values()]} that did not explode, which trained {sorted(modules)}; allowed are "
             "runs of one arm, such as 'all', at least one of each task"
         )
+    for several in kept.values():
+        for run in several:
+            require_same_base(base, run)
     tables = []
     for label, several in kept.items():
         for run in several:

@@ -2,21 +2,26 @@
 
 All of them say that the gate is special. It is special only if it does more than what costs the same: `up`, `down`, and attention. A difference whose
 95 % interval lies within a stated margin around 0 counts as none, so that a precise draw decides against the claim and a vague one leaves it open.
+What was not measured, or with fewer than three seeds, leaves it open too; what speaks against a claim goes before what speaks for it.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lens_affect.module_study import ModuleStudy
-from lens_affect.module_table import ModuleTable, TwoWay
+from lens_affect.module_table import ModuleTable
 from lens_affect.part_scores import PartScores
 from lens_affect.statistics import Interval
 from lens_affect.verdicts import FAILS, HOLDS, OPEN, claim_row
 
 GATE = "gate"
-MARGIN = 0.02
-"""Difference of the score (of an accuracy: two points) below which two arms count as equal."""
+SIBLINGS = ("up", "down", "attention")
+"""What costs as much as the gate, or, attention, may have as many weights."""
+FEWEST_SEEDS = 3
+"""Seeds without which no verdict about tuned models is given: intervals over two are too narrow (module_table.two_way_interval)."""
+MARGIN = 0.05
+"""Difference, as a share of the gain of tuning everything, below which two arms count as equal."""
 RATIO_MARGIN = 1.1
 """Ratio of mean squared changes below which two modules count as equal."""
 MOST = 0.5
@@ -24,7 +29,8 @@ MOST = 0.5
 KEPT = 0.9
 """Share of the gain of tuning everything that an efficient module keeps."""
 Limits = Mapping[str, tuple[float, float, float]]
-"""What the gate is compared with -> estimate, lower and upper limit; positive where the gate does more."""
+"""What the gate is compared with -> estimate, lower and upper limit; positive where the gate does more, NaN where it was not measured."""
+UNKNOWN = (math.nan, math.nan, math.nan)
 
 
 def module_rows(study: ModuleStudy) -> list[dict[str, Any]]:
@@ -34,14 +40,15 @@ def module_rows(study: ModuleStudy) -> list[dict[str, Any]]:
         study: of one model.
     """
     rows = [_lands(study), _sufficient(study.transfer)]
-    rows += [_efficient(study.equal_rank, "equal rank"), _efficient(study.equal_size, "equal size")]
+    for table, source in ((study.equal_rank, "equal rank"), (study.equal_size, "equal size")):
+        rows.append(_efficient(table, source, study.control))
     if study.writing is not None:
-        rows.append(_efficient(study.writing, "writing, equal rank"))
+        rows.append(_efficient(study.writing, "writing, equal rank", study.control))
     return [*rows, _necessary(study), _necessary_at_equal_damage(study.equal_damage)]
 
 
 def special(limits: Limits, margin: float) -> str:
-    """Better than all: holds. Worse than one, or equal to one within the margin: does not hold. Otherwise open.
+    """Worse than one, or equal to one within the margin: does not hold. Better than all: holds. Otherwise open.
 
     Args:
         limits: differences to everything that costs the same.
@@ -57,23 +64,22 @@ def special(limits: Limits, margin: float) -> str:
 def _both(special_verdict: str, low: float, high: float, level: float) -> str:
     """Two conditions: special, and a share above a level."""
     if not math.isfinite(low):
-        return FAILS if special_verdict == FAILS else OPEN
+        return OPEN
     if special_verdict == FAILS or high < level:
         return FAILS
     return HOLDS if special_verdict == HOLDS and low > level else OPEN
 
 
-def _words(limits: Limits, unit: str = "") -> str:
-    return ", ".join(f"{n} {e:+.3f}{unit} [{lo:+.3f}, {hi:+.3f}]" for n, (e, lo, hi) in limits.items())
+def _words(limits: Limits) -> str:
+    return ", ".join(
+        f"{n} {e:+.3f} [{low:+.3f}, {high:+.3f}]" if math.isfinite(e) else f"{n} not measured"
+        for n, (e, low, high) in limits.items()
+    )
 
 
-def _siblings(arms: Sequence[str], difference: Callable[[str], TwoWay]) -> Limits:
-    found = {}
-    for arm in arms:
-        if arm not in (GATE, "all") and "+" not in arm and arm != "mlp":
-            d = difference(arm)
-            found[arm] = (d.estimate, d.low, d.high)
-    return found
+def _largest(values: Mapping[str, float]) -> float:
+    known = [v for v in values.values() if math.isfinite(v)]
+    return max(known) if known else math.nan
 
 
 def _lands(study: ModuleStudy) -> dict[str, Any]:
@@ -86,7 +92,7 @@ def _lands(study: ModuleStudy) -> dict[str, Any]:
         "affective adaptation lands in gate_proj",
         "stated without a number",
         "squared change per weight of the gate over that of up, down and attention, and the gate's concentration over that in fine-tunes without affect (95 % over "
-        f"seeds); holds if all lie above 1, does not hold if one lies below 1 or within 1/{RATIO_MARGIN} to {RATIO_MARGIN}",
+        f"seeds, {FEWEST_SEEDS} or more); does not hold if one lies below 1 or within 1/{RATIO_MARGIN} to {RATIO_MARGIN}, holds if all lie above 1",
         model=landing.provenance.title,
         source="tuned on everything",
         null=1.0,
@@ -95,14 +101,19 @@ def _lands(study: ModuleStudy) -> dict[str, Any]:
         return start | {"note": "a model without a gate"}
     gate = own.loc[GATE]
     intervals: dict[str, Interval] = {}
-    try:
-        intervals |= {f"over {other}": landing.ratio(GATE, other) for other in ("up", "down", "attention")}
-        intervals |= {f"over its share in {c}": landing.against(GATE, c) for c in controls}
-    except ValueError as error:
-        return start | {"note": str(error)}
-    logs = {k: (math.log(v.estimate), math.log(v.low), math.log(v.high)) for k, v in intervals.items()}
-    verdict = special(logs, math.log(RATIO_MARGIN))
+    missing = []
+    asked: dict[str, Callable[[], Interval]] = {f"over {m}": lambda m=m: landing.ratio(GATE, m) for m in SIBLINGS}
+    asked |= {f"over its share in {c}": lambda c=c: landing.against(GATE, c) for c in controls}
+    for name, measure in asked.items():
+        try:
+            intervals[name] = measure()
+        except ValueError:  # too few seeds of it
+            missing.append(name)
+    logs: dict[str, tuple[float, float, float]] = dict.fromkeys(missing, UNKNOWN)
+    logs |= {k: (math.log(v.estimate), math.log(v.low), math.log(v.high)) for k, v in intervals.items()}
+    verdict = special(logs, math.log(RATIO_MARGIN)) if int(gate["n_seeds"]) >= FEWEST_SEEDS else OPEN
     told = ", ".join(f"{k} {v.estimate:.2f} [{v.low:.2f}, {v.high:.2f}]" for k, v in intervals.items())
+    told += "".join(f", {name} not measured" for name in missing)
     return start | {
         "paper_statistic": float(gate["relative_frobenius"]),
         "sound_statistic": float(gate["concentration"]),
@@ -115,49 +126,77 @@ def _lands(study: ModuleStudy) -> dict[str, Any]:
     }
 
 
+def _rule(what: str, level: float, rivals: str) -> str:
+    return (
+        f"{what}; does not hold if its 95 % interval lies below {level}, or if one of {rivals} does more or the same within {MARGIN} of the gain; holds if the interval "
+        f"lies above {level} and the gate does more than all of them; undecided otherwise, with fewer than {FEWEST_SEEDS} seeds, or where tuning gained nothing for "
+        "certain"
+    )
+
+
 def _sufficient(parts: PartScores) -> dict[str, Any]:
     start = claim_row(
         "G2",
         "gate_proj is sufficient: transferred alone it brings what tuning brought",
         "gate_proj best of single modules",
-        f"share of the gain that the gate alone brings to the untuned model; holds if its 95 % interval lies above {MOST} and the gate brings more than up, down and "
-        f"attention; does not hold if the share lies below {MOST}, or one of them brings more or the same within {MARGIN}",
+        _rule("share of the gain that the gate's change alone brings to the untuned model", MOST, ", ".join(SIBLINGS)),
         model=parts.provenance.title,
         source=parts.title,
         n=len(parts.before),
     )
-    return start | _by_parts(parts, lambda score, before, after: 100 * score / after, "percent of the tuned score")
+    found, _ = _by_parts(parts, "brought by the gate minus by others")
+    return start | found | _papers_percent(parts, lambda score, after: 100 * score / after)
 
 
-def _by_parts(parts: PartScores, paper: Callable[[float, float, float], float], paper_words: str) -> dict[str, Any]:
+def _by_parts(parts: PartScores, words: str) -> tuple[dict[str, Any], Limits]:
+    """Numbers of a row, and the gate against its siblings in shares of the gain."""
     table: Any = parts.to_frame().set_index("arm")
     if GATE not in table.index or not table.loc[GATE, "n_seeds"]:
-        return {"note": "the gate was not measured"}
+        return {"note": "the gate was not measured"}, {}
     row: Any = table.loc[GATE]
-    limits = _siblings(parts.arms, lambda other: parts.contrast(GATE, other))
-    siblings = [float(table.loc[arm, "share"]) for arm in limits]
+    gain = float(parts.after.mean()) - float(parts.before.mean())
+    limits: dict[str, tuple[float, float, float]] = {}
+    n_seeds = int(row["n_seeds"])
+    for other in SIBLINGS:
+        try:
+            d = parts.contrast(GATE, other)
+        except ValueError:  # not among the arms, or never measured beside the gate
+            limits[other] = UNKNOWN
+            continue
+        limits[other] = (d.estimate / gain, d.low / gain, d.high / gain) if gain > 0 else UNKNOWN
+        n_seeds = min(n_seeds, d.n_seeds)
+    shares = {arm: float(table.loc[arm, "share"]) for arm in SIBLINGS if arm in table.index}
     low, high = float(row["share_low"]), float(row["share_high"])
-    before, after = float(parts.before.mean()), float(parts.after.mean())
+    verdict = _both(special(limits, MARGIN), low, high, MOST) if n_seeds >= FEWEST_SEEDS else OPEN
+    nothing = "" if math.isfinite(low) else "tuning gained nothing for certain; "
     return {
-        "paper_statistic": paper(float(row["score"]), before, after) if parts.metric == "accuracy" else math.nan,
         "sound_statistic": float(row["share"]),
         "low": low,
         "high": high,
-        "null": max(siblings) if siblings else math.nan,
-        "verdict": _both(special(limits, MARGIN), low, high, MOST),
-        "note": f"share of the gain (null: the best of {', '.join(limits)}); gate minus others in {parts.metric}: {_words(limits)}; "
-        f"{len(parts.seeds)} seeds; paper's statistic: {paper_words}",
-    }
+        "null": _largest(shares),
+        "verdict": verdict,
+        "note": f"{nothing}share of the gain of {gain:.3f} in {parts.metric} (null: the best of {', '.join(SIBLINGS)}); {words}, in shares of the gain: {_words(limits)}; "
+        f"{n_seeds} seeds; not compared with a task without affect",
+    }, limits
 
 
-def _efficient(table: ModuleTable, source: str) -> dict[str, Any]:
+def _papers_percent(parts: PartScores, percent: Callable[[float, float], float]) -> dict[str, Any]:
+    """The paper counts in percent of the tuned model's score, which means something for accuracies only."""
+    table: Any = parts.to_frame().set_index("arm")
+    after = float(parts.after.mean())
+    if parts.metric != "accuracy" or GATE not in table.index or not after > 0:
+        return {}
+    return {"paper_statistic": percent(float(table.loc[GATE, "score"]), after)}
+
+
+def _efficient(table: ModuleTable, source: str, control: ModuleTable | None) -> dict[str, Any]:
     arms: Any = table.arms.set_index("arm")
     start = claim_row(
         "G3",
         "gate_proj is efficient: tuned alone it keeps what tuning everything reaches",
         "24.5 % of the parameters, 96.6 % of the score",
-        f"share of the gain of tuning everything; holds if its 95 % interval lies above {KEPT} and the gate is better than every other arm of the comparison; does not "
-        f"hold if the share lies below {KEPT}, or another arm is better or the same within {MARGIN}",
+        _rule("share of the gain of tuning everything", KEPT, "the other arms")
+        + ", or if the gate is as special in a task without affect",
         model=table.provenance.title,
         source=source,
         n=table.n_examples,
@@ -165,23 +204,44 @@ def _efficient(table: ModuleTable, source: str) -> dict[str, Any]:
     if GATE not in arms.index or not arms.loc[GATE, "n_seeds"]:
         return start | {"note": "the gate was not tuned"}
     row: Any = arms.loc[GATE]
-    limits: dict[str, tuple[float, float, float]] = {}
-    for other in arms.index:
-        if other not in (GATE, table.reference, "none") and arms.loc[other, "n_seeds"]:
-            d: Any = table.contrast(GATE, other)
-            limits[str(other)] = (float(d["difference"]), float(d["low"]), float(d["high"]))
+    limits, n_seeds = _contrasts(table)
+    without = _contrasts(control)[0] if control is not None else {}
     low, high = float(row["retention_low"]), float(row["retention_high"])
-    rivals = [float(arms.loc[arm, "retention"]) for arm in limits]
+    verdict = _both(special(limits, MARGIN), low, high, KEPT) if n_seeds >= FEWEST_SEEDS else OPEN
+    if verdict == HOLDS and special(without, MARGIN) == HOLDS:
+        verdict = OPEN  # the gate is special, and not for affect
+    rivals = {arm: float(arms.loc[arm, "retention"]) for arm in limits if arm in arms.index}
     return start | {
         "paper_statistic": float(row["percent_of_tuned"]),
         "sound_statistic": float(row["retention"]),
         "low": low,
         "high": high,
-        "null": max(rivals) if rivals else math.nan,
-        "verdict": _both(special(limits, MARGIN), low, high, KEPT),
-        "note": f"{float(row['share_of_parameters']):.1%} of the parameters of {table.reference}; share of its gain (null: the best of {', '.join(limits)}); gate minus "
-        f"others in {table.metric}: {_words(limits)}; {int(row['n_seeds'])} seeds; paper's statistic: percent of the score of {table.reference}",
+        "null": _largest(rivals),
+        "verdict": verdict,
+        "note": f"{float(row['share_of_parameters']):.1%} of the parameters of {table.reference}; share of its gain (null: the best of the other arms); gate minus "
+        f"others in shares of the gain: {_words(limits)}; {n_seeds} seeds; paper's statistic: percent of the score of {table.reference}"
+        + (f"; in {control.task}: {_words(without)}" if control is not None and without else ""),
     }
+
+
+def _contrasts(table: ModuleTable) -> tuple[Limits, int]:
+    """The gate against its siblings and every other arm but the reference, in shares of the reference's gain; and the fewest seeds behind one of them."""
+    arms: Any = table.arms.set_index("arm")
+    if GATE not in arms.index or not arms.loc[GATE, "n_seeds"]:
+        return {}, 0
+    gain = float(arms.loc[table.reference, "gain"]) if table.reference in arms.index else math.nan
+    found: dict[str, tuple[float, float, float]] = {}
+    n_seeds = int(arms.loc[GATE, "n_seeds"])
+    others = [str(arm) for arm in arms.index if arm not in (GATE, table.reference, "none")]
+    for other in dict.fromkeys((*SIBLINGS, *others)):
+        try:
+            d: Any = table.contrast(GATE, other)
+        except ValueError:  # not among the arms, exploded, or no common seed
+            found[other] = UNKNOWN
+            continue
+        found[other] = tuple(float(d[c]) / gain for c in ("difference", "low", "high")) if gain > 0 else UNKNOWN  # pyright: ignore[reportArgumentType]
+        n_seeds = min(n_seeds, int(d["n_seeds"]))
+    return found, n_seeds
 
 
 def _necessary(study: ModuleStudy) -> dict[str, Any]:
@@ -190,37 +250,38 @@ def _necessary(study: ModuleStudy) -> dict[str, Any]:
         "G4",
         "gate_proj is necessary: without its change affect is lost",
         "destructive ablation, no number",
-        f"share of the gain that goes when the gate is taken back to the base; holds if its 95 % interval lies above {MOST} and more goes than with up, down and "
-        f"attention; does not hold if the share lies below {MOST}, or as much or more goes with one of them (within {MARGIN})",
+        _rule("share of the gain that goes when the gate is taken back to the base", MOST, ", ".join(SIBLINGS)),
         model=parts.provenance.title,
         source="reverted",
         n=len(parts.before),
     )
-    found = _by_parts(
-        parts, lambda score, before, after: 100 * (1 - score / after), "percent of the tuned score that is lost"
-    )
+    found, _ = _by_parts(parts, "lost with the gate minus with others")
     other: Any = noise.to_frame().set_index("arm")
-    if GATE in other.index and "note" in found:
+    if GATE in other.index and "verdict" in found:
         row: Any = other.loc[GATE]
         found["note"] += (
             f"; with noise of its norm in its place {row['share']:.2f} [{row['share_low']:.2f}, {row['share_high']:.2f}] of the gain goes"
         )
-    return start | found
+    lost = _papers_percent(parts, lambda score, after: 100 * (1 - score / after))
+    return start | found | lost
 
 
 def _necessary_at_equal_damage(parts: PartScores) -> dict[str, Any]:
-    rise = float(parts.rises.nanmean())
     start = claim_row(
         "G4",
         "gate_proj is necessary: damaging it costs more affect than damaging others",
         "destructive ablation, no number",
-        f"score lost when noise in a module raises the loss on neutral text by the same amount; holds if more is lost through the gate than through up, down and "
-        f"attention, does not hold if as much or more is lost through one of them (within {MARGIN})",
+        f"score lost when noise in a module raises the loss on neutral text by the same amount; does not hold if through one of {', '.join(SIBLINGS)} more is lost, or the "
+        f"same within {MARGIN} of the gain; holds if more is lost through the gate than through all of them; undecided otherwise, with fewer than {FEWEST_SEEDS} seeds, "
+        "or where no module lost anything for certain",
         model=parts.provenance.title,
-        source=f"equal damage, {rise:.2f} nats",
+        source=f"equal damage, {parts.target:.2f} nats",
         n=len(parts.before),
     )
-    found = _by_parts(parts, lambda score, before, after: 100 * (1 - score / after), "percent of the tuned score lost")
+    found, limits = _by_parts(parts, "lost with the gate minus with others")
     if "verdict" in found:
-        found["verdict"] = special(_siblings(parts.arms, lambda other: parts.contrast(GATE, other)), MARGIN)
-    return start | found
+        table: Any = parts.to_frame()
+        enough = int(table["n_seeds"].min()) >= FEWEST_SEEDS and bool((table["share_low"] > 0).any())
+        found["verdict"] = special(limits, MARGIN) if enough else OPEN
+    lost = _papers_percent(parts, lambda score, after: 100 * (1 - score / after))
+    return start | found | lost

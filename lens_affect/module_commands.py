@@ -91,6 +91,7 @@ def transfer(
     with reporting_errors():
         import pandas as pd
 
+        from lens_affect.checkpoint_pairs import open_pair
         from lens_affect.damage import neutral_loss
         from lens_affect.models import load_model
         from lens_affect.transfers import transfer_modules
@@ -125,8 +126,16 @@ def transfer(
         _show_table(
             pd.DataFrame(rows), f"{base} with modules of {tuned}: loss on neutral text, nats per token", out, json
         )
-        if parts is not None and not json:
-            print(parts)
+        if not json:
+            for note in open_pair(model, tuned, any_base=any_base).notes:
+                print(f"Note: {note}")
+        if parts is not None:
+            if not json:
+                print(parts)
+            if bool(parts.to_frame()["share"].notna().to_numpy().any()):
+                from lens_affect.plotting_modules import plot_parts
+
+                _save_figure(lambda: plot_parts(parts), out, json, parts)
 
 
 def ablate(
@@ -139,8 +148,11 @@ def ablate(
     how: Annotated[str, typer.Option(help="base, random_equal_norm, mean, shuffle or zero.")] = "random_equal_norm",
     base: Annotated[str, typer.Option(help="What the model was tuned from, for base and random_equal_norm.")] = "",
     scale: Annotated[
-        float, typer.Option(help="Share of the way to the target; for random_equal_norm the c of c |W|.")
-    ] = 0.1,
+        float | None,
+        typer.Option(
+            help="Share of the way to the target; for random_equal_norm without a base the c of c |W|. 1 by default, 0.1 for c."
+        ),
+    ] = None,
     target: Annotated[
         float, typer.Option(help="Rise of the loss in nats per token that every arm is brought to; overrides --scale.")
     ] = 0.0,
@@ -161,6 +173,8 @@ def ablate(
 
         _require_new(out)
         blocks = parse_numbers(layers, int, "--layers") or None
+        _refuse_adapter(model)
+        scale = scale if scale is not None else 0.1 if how == "random_equal_norm" and not base else 1.0
         arms = [arm.strip() for arm in modules.split(",") if arm.strip()]
         options: dict[str, Any] = {"layers": blocks, "how": how, "base": base or None, "seed": seed}
         scored = _task_examples(task, n_test)
@@ -178,9 +192,9 @@ def ablate(
                         with ablate_modules(lens, modules=arm, scale=scale, **options):
                             rows.append(_loss_row(arm, scale, neutral_loss(lens), before, "scale"))
                         progress(i + 1, len(arms))
-            if scored is not None:
+            scales: Any = found.scale_of if target else scale
+            if scored is not None and scales:  # no arm may have reached the target
                 with report("score the task") as progress:
-                    scales: Any = found.scale_of if target else scale
                     selective = _selectivity(lens, scored, arms, scales, options, progress)
         told = None
         if selective is not None:
@@ -196,8 +210,32 @@ def ablate(
             table = pd.DataFrame(rows)
             table = table if told is None else table.join(told, on="modules")
             _show_table(table, f"{model} ablated by {how}: loss on neutral text, nats per token", out, json)
-        if selective is not None and not json:
-            print(selective)
+        if selective is not None:
+            if not json:
+                print(selective)
+            if bool(selective.to_frame()["selectivity"].notna().to_numpy().any()):
+                from lens_affect.plotting_modules import plot_selectivity
+
+                _save_figure(lambda: plot_selectivity(selective), out, json, selective)
+
+
+def _save_figure(draw: Any, out: str, json: bool, *results: Any) -> None:
+    """Beside the table, where one is kept."""
+    if not out:
+        return
+    from lens_affect.style import save_figure
+
+    page = save_figure(draw(), Path(out).with_name(f"{Path(out).stem}-figure"), *results)
+    if not json:
+        print(f"Figure: {page.absolute()}")
+
+
+def _refuse_adapter(model: str) -> None:
+    if (Path(model) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"received the adapter {model} as the model that is ablated; allowed is a whole model: merge it into its base and name that folder, or use "
+            "lens-affect transfer BASE ADAPTER"
+        )
 
 
 def _task_examples(name: str, n: int) -> tuple[Any, Any] | None:
@@ -308,7 +346,9 @@ def tune(
             print(f"{len(chosen)} seeds: {len(chosen)} times the time of each arm")
             return
         from lens_affect.models import load_model
-        from lens_affect.module_table import compare_arms
+        from lens_affect.module_table import compare_arms, learning_curves
+        from lens_affect.plotting_tuning import plot_learning, plot_retention
+        from lens_affect.style import save_figure
         from lens_affect.tasks import load_task
         from lens_affect.tuning import run_arms
 
@@ -332,6 +372,11 @@ def tune(
         table = compare_arms(runs, reference="all")
         table.to_frame().to_csv(folder / "arms.csv", index=False)
         table.contrasts.to_csv(folder / "contrasts.csv", index=False)
+        pages = []
+        if bool(table.arms["retention"].notna().to_numpy().any()):
+            pages.append(save_figure(plot_retention(table), folder / "retention", table))
+        if (curves := learning_curves(runs)).size:
+            pages.append(save_figure(plot_learning(curves), folder / "learning", table))
         if json:
             print(table.to_frame().to_json(orient="records", indent=1))
             return
@@ -339,6 +384,7 @@ def tune(
         shown = [
             "arm",
             "n_parameters",
+            "size_difference",
             "n_seeds",
             "score",
             "low",
@@ -349,6 +395,8 @@ def tune(
         ]
         print_table(table.to_frame()[shown].round(3), table.task)
         print(f"Runs: {folder.absolute()}")
+        for page in pages:
+            print(f"Figure: {page.absolute()}")
 
 
 def _tuning_plans(

@@ -5,7 +5,9 @@
 
 import contextlib
 import html
+import math
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +17,10 @@ from lens_affect.adapter import model_info
 from lens_affect.arms import plan_arm
 from lens_affect.landing import Landing, measure_landing
 from lens_affect.module_table import ModuleTable, compare_arms
-from lens_affect.part_scores import KINDS, PartScores, join_parts, score_parts
+from lens_affect.part_scores import KINDS, PartScores, fingerprint, join_parts, score_parts
 from lens_affect.sizes import module_shapes
 from lens_affect.task_data import Example
-from lens_affect.tasks import Task
+from lens_affect.tasks import Task, examples_hash
 from lens_affect.tuned import Tuned
 from lens_affect.tuning import arm_size, run_arms
 
@@ -63,11 +65,13 @@ class ModuleStudy:
     """Single modules tuned to write affect."""
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Save every part in a folder of its own."""
+        """Save every part in a folder of its own; a part that this study lacks is not left from an earlier one."""
         for name in PARTS:
-            part = getattr(self, name)
+            part, place = getattr(self, name), Path(folder) / name
             if part is not None:
-                part.save(Path(folder) / name, overwrite=overwrite)
+                part.save(place, overwrite=overwrite)
+            elif overwrite and (place / "manifest.json").is_file():
+                shutil.rmtree(place)
         return Path(folder)
 
     @classmethod
@@ -142,14 +146,25 @@ def study_modules(
         )
     place = Path(folder) if folder is not None else None
 
+    chosen_examples = task.examples("test") if examples is None else tuple(examples)
+
+    def score_options(kind: str, chosen: tuple[str, ...], run: Tuned) -> dict[str, Any]:
+        return {
+            "arms": chosen,
+            "tuned": (fingerprint(run),),
+            "target": str(target if kind == "equal_damage" else math.nan),
+            "examples": examples_hash(task, chosen_examples),
+            "base": model_info(model).provenance.weights_sha256,
+        }
+
     def parts(kind: str) -> PartScores:
         chosen = tuple(transferred or _transferred(arms)) if kind == "transfer" else tuple(arms)
-        options: dict[str, Any] = {"arms": chosen, "kind": kind, "examples": examples, "target": target}
+        options: dict[str, Any] = {"arms": chosen, "kind": kind, "examples": chosen_examples, "target": target}
         each = []
         for run in whole:
             saved = place / "seeds" / f"{kind}-seed{run.seed}" if place is not None else None
             if saved is not None and (saved / "manifest.json").is_file():
-                each.append(_require_same(PartScores.load(saved), saved, chosen, model))
+                each.append(_require_same(PartScores.load(saved), saved, score_options(kind, chosen, run)))
                 continue
             with (report or _silent)(f"{kind}, seed {run.seed}".replace("_", " ")) as progress:
                 each.append(score_parts(model, run, task, **options, seed=run.seed, progress=progress))
@@ -157,6 +172,8 @@ def study_modules(
                 each[-1].save(saved)
         return join_parts(each)
 
+    if task.name in controls:
+        raise ValueError(f"received a control with the task's own name, {task.name!r}; give the control another name")
     study = ModuleStudy(
         equal_rank=compare_arms(equal_rank, reference="all"),
         equal_size=compare_arms(equal_size, reference="all"),
@@ -170,11 +187,18 @@ def study_modules(
     return study
 
 
-def _require_same(found: PartScores, folder: Path, arms: tuple[str, ...], model: Any) -> PartScores:
-    if found.arms != arms or found.provenance.weights_sha256 != model_info(model).provenance.weights_sha256:
+def _require_same(found: PartScores, folder: Path, asked: Mapping[str, Any]) -> PartScores:
+    there = {
+        "arms": found.arms,
+        "tuned": found.tuned,
+        "target": str(found.target),
+        "examples": found.provenance.stimuli_hash,
+        "base": found.provenance.weights_sha256,
+    }
+    other = [name for name, value in asked.items() if there[name] != value]
+    if other:
         raise ValueError(
-            f"received {folder}, which holds {list(found.arms)} of {found.provenance.title}; {list(arms)} of this model are asked for: choose another "
-            "folder"
+            f"received {folder}, which holds scores with other {', '.join(other)} than asked for: choose another folder, or delete that one"
         )
     return found
 

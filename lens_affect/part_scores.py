@@ -22,15 +22,17 @@ from torch import Tensor
 
 from lens_affect.ablations import ablate_modules
 from lens_affect.adapter import model_info
+from lens_affect.checkpoint_pairs import require_same_base
 from lens_affect.checkpoints import open_checkpoint
 from lens_affect.damage import equal_damage
 from lens_affect.live_weights import EVERYTHING, choose_keys, replaced
 from lens_affect.module_table import TwoWay, two_way_interval, two_way_ratio
-from lens_affect.results import Provenance, Stopwatch, load_result, save_result
+from lens_affect.results import Provenance, Stopwatch, content_hash, load_result, save_result
 from lens_affect.sizes import choose_modules
 from lens_affect.task_data import Example
-from lens_affect.tasks import Task, TaskScores
+from lens_affect.tasks import Task, TaskScores, examples_hash
 from lens_affect.transfers import live_weights, transfer_modules
+from lens_affect.tuned import Tuned
 
 KINDS = ("transfer", "revert", "random_equal_norm", "equal_damage")
 """What is done to a module."""
@@ -56,6 +58,10 @@ class PartScores:
     """Scale of the noise for `equal_damage` (c of c |W|), NaN where the damage was not reached; 1 for the others."""
     rises: Float[Tensor, "arm seed"]
     """Rise of the loss on neutral text through `equal_damage`, nats per token; NaN for the others."""
+    tuned: tuple[str, ...]
+    """What was scored, one per seed: a hash of a run's trained weights, or the name of a checkpoint."""
+    target: float
+    """Rise that was asked of `equal_damage`; NaN for the others."""
     groups: tuple[str, ...]
     """Of the examples; resampled together."""
     title: str
@@ -133,7 +139,7 @@ class PartScores:
             "transfer": "share of the gain that a module alone brings to the untuned model",
             "revert": "share of the gain that goes when a module is taken back",
             "random_equal_norm": "share of the gain that goes when noise takes the place of a module's change",
-            "equal_damage": f"share of the gain that goes when noise raises the loss on neutral text by {float(self.rises.nanmean()):.2f} nats",
+            "equal_damage": f"share of the gain that goes when noise raises the loss on neutral text by {self.target:.2f} nats",
         }
         table = self.to_frame()
         parts = [
@@ -141,9 +147,10 @@ class PartScores:
             for row in table.to_dict("records")
             if math.isfinite(row["share"])
         ]
+        sign = -1.0 if self.metric == "nats per token" else 1.0  # scores of a loss are turned
         told = ", ".join(parts) or "none, nothing was gained for certain"
         return (
-            f"{self.provenance.title} on {self.title}: {self.metric} {float(self.before.mean()):.3f} untuned, {float(self.after.mean()):.3f} tuned\n"
+            f"{self.provenance.title} on {self.title}: {self.metric} {sign * float(self.before.mean()):.3f} untuned, {sign * float(self.after.mean()):.3f} tuned\n"
             f"{words[self.kind]} (95 %): {told}\n"
             f"{len(self.before)} examples, {len(self.seeds)} seeds"
         )
@@ -205,14 +212,16 @@ def score_parts(
     def score() -> Float[Tensor, " example"]:
         return _turned(task.score(model, chosen, seed=0), measure)
 
+    require_same_base(model, tuned)
     first = before or task.score(model, chosen, seed=0)
     with _whole(model, tuned):
         last = after or task.score(model, chosen, seed=0)
         scales, rises = _scales(model, arms, kind, target, seed)
-    hashed = first.provenance.stimuli_hash
-    if last.provenance.stimuli_hash != hashed or len(first.values) != len(chosen):
+    hashed = examples_hash(task, chosen)
+    if {first.provenance.stimuli_hash, last.provenance.stimuli_hash} != {hashed}:
         raise ValueError(
-            f"received scores of {len(first.values)} and {len(last.values)} examples for {len(chosen)}; allowed are scores of the same ones"
+            f"received scores of {len(first.values)} and {len(last.values)} other examples for the {len(chosen)} given; allowed are scores of the same "
+            "ones"
         )
     start, end = _turned(first, measure), _turned(last, measure)
     found = []
@@ -233,11 +242,28 @@ def score_parts(
         after=end[None],
         scales=torch.tensor(scales, dtype=torch.float32)[:, None],
         rises=torch.tensor(rises, dtype=torch.float32)[:, None],
+        tuned=(fingerprint(tuned),),
+        target=target if kind == "equal_damage" else math.nan,
         groups=first.groups,
         title=task.title,
         metric=first.metric if measure == "score" else "log share of the right label",
         provenance=model_info(model).provenance.updated(seed=seed, stimuli_hash=hashed, elapsed_seconds=watch.seconds),
     )
+
+
+def fingerprint(tuned: Any) -> str:
+    """What tells one fine-tune from another: a hash of what a run trained, else its name.
+
+    Args:
+        tuned: as for score_parts.
+    """
+    if not isinstance(tuned, Tuned):
+        return str(getattr(tuned, "name_or_path", tuned) if not isinstance(tuned, str | Path) else tuned)
+    sums = [
+        [name, *value.shape, float(value.double().sum()), float(value.double().square().sum())]
+        for name, value in sorted(tuned.trained.items())
+    ]
+    return content_hash(sums)
 
 
 def _turned(scores: TaskScores, measure: str) -> Float[Tensor, " example"]:
@@ -286,7 +312,9 @@ def join_parts(parts: Sequence[PartScores]) -> PartScores:
     Raises:
         ValueError: none, or parts that do not belong together.
     """
-    kinds = {(p.kind, p.arms, p.metric, p.provenance.stimuli_hash, p.provenance.weights_sha256) for p in parts}
+    kinds = {
+        (p.kind, p.arms, p.metric, str(p.target), p.provenance.stimuli_hash, p.provenance.weights_sha256) for p in parts
+    }
     seeds = [seed for p in parts for seed in p.seeds]
     if len(kinds) != 1 or len(set(seeds)) < len(seeds):
         raise ValueError(
@@ -294,7 +322,10 @@ def join_parts(parts: Sequence[PartScores]) -> PartScores:
             "with different seeds"
         )
     first = parts[0]
-    joined = {name: torch.cat([getattr(p, name) for p in parts], dim=1) for name in ("scores", "scales", "rises")}
+    joined: dict[str, Any] = {
+        name: torch.cat([getattr(p, name) for p in parts], dim=1) for name in ("scores", "scales", "rises")
+    }
     joined["after"] = torch.cat([p.after for p in parts])
+    joined["tuned"] = tuple(name for p in parts for name in p.tuned)
     rest = {n: getattr(first, n) for n in first.__dataclass_fields__ if n not in joined}
     return PartScores(**{**rest, **joined, "seeds": tuple(seeds)})

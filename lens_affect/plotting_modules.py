@@ -169,7 +169,10 @@ def _parts_title(found: PartScores) -> str:
     if "gate" not in table.index or not singles:
         return str(found).replace("\n", "<br>")
     other = max(singles, key=lambda arm: table.loc[arm, "share"])
-    pair = found.contrast("gate", other)
+    try:
+        pair = found.contrast("gate", other)
+    except ValueError:  # measured at other seeds
+        return str(found).replace("\n", "<br>")
     seen = "no difference was seen" if pair.low <= 0 <= pair.high else "the difference is beyond chance"
     verb = "brings" if found.kind == "transfer" else "takes with it"
     return (

@@ -24,6 +24,7 @@ from lens_affect.ablations import ONE_FUNCTION, ablate_modules
 from lens_affect.checkpoints import open_checkpoint
 from lens_affect.damage import facts_of
 from lens_affect.results import Provenance, Stopwatch, load_result, save_result
+from lens_affect.sizes import choose_modules
 
 Score = Callable[[Any], Float[np.ndarray, " example"]]
 """A model in, one score per example out; the higher the better."""
@@ -108,7 +109,7 @@ class AblationTable:
         Raises:
             ValueError: an arm that is not there, or two arms that are one function: zeroed gate, up or down.
         """
-        if self.how == "zero" and {first, second} <= set(ONE_FUNCTION):
+        if self.how == "zero" and {*choose_modules(first), *choose_modules(second)} <= set(ONE_FUNCTION):
             raise ValueError(
                 f"received {first!r} and {second!r} ablated by zero, which is one function (act(0) * up = gate * 0 = 0) and says nothing about "
                 "either; compare them by shuffle, mean, base or random_equal_norm at equal damage"
@@ -143,6 +144,8 @@ class AblationTable:
             f"{self.provenance.title}: {len(self.arms)} ablations by {self.how}, {len(self.affect_before)} affect and {len(self.control_before)} "
             "control examples"
         )
+        if self.how == "zero":
+            return f"{head}; zeroing gate, up or down is one function, so no arm is named"
         if table["selectivity"].isna().all():
             return f"{head}; no selectivity (scores without spread)"
         best: Any = table.loc[table["selectivity"].idxmax()]

@@ -208,17 +208,19 @@ def _check_plain(model: LensModel, tolerance: float) -> Check:
         return Check(CHECK, "not applicable", "it is read through its hook points", "")
     site, layers = resolve_site(model, "resid_post"), range(model.cfg.n_layers)
     batch = [encode(model, text) for text in CHECK_TEXTS]
-    wrapped, _ = _read(model, batch, [site.at(layer) for layer in layers])
+    first = resolve_site(model, "resid_pre").at(0)
+    wrapped, _ = _read(model, batch, [first, *(site.at(layer) for layer in layers)])
     seen: dict[int, Tensor] = {}
     tokens, mask = pad_right(batch, pad_token_id(model), device_of(model))
     keep = {layer: functools.partial(seen.__setitem__, layer) for layer in layers}
-    with plain_trunk(model) as blocks, plain_hooks(blocks, {}, keep):
+    with plain_trunk(model) as blocks, plain_hooks(blocks, {0: functools.partial(seen.__setitem__, -1)}, keep):
         run_trunk(model, tokens, mask)
     differences = []
-    for layer in layers:
+    for layer in (-1, *layers):
         for row, encoded in enumerate(batch):
             places = list(encoded.content)
-            a, b = wrapped[site.at(layer)][row][places], seen[layer][row].float()[places]
+            expected = wrapped[first if layer < 0 else site.at(layer)]
+            a, b = expected[row][places], seen[layer][row].float()[places]
             differences.append(((a - b).norm(dim=-1) / a.norm(dim=-1).clamp_min(1e-12)).max())
     worst = torch.stack(differences).max().item()
     outcome = "passed" if worst <= tolerance else "not applicable"

@@ -330,9 +330,10 @@ def _macro(f1: np.ndarray, support: np.ndarray, seen: np.ndarray) -> float:
 
 def _bootstrap(statistic: Callable[..., float], gold: Sequence[str], scores: TaskScores, seed: int) -> Interval:
     """Percentile interval over whole groups."""
-    labels = sorted({*gold, *scores.predicted})
+    named = [p if p in scores.labels else "" for p in scores.predicted]  # other words are one wrong answer
+    labels = sorted({*gold, *named})
     place = {label: i for i, label in enumerate(labels)}
-    g, p = (np.array([place[x] for x in side]) for side in (gold, scores.predicted))
+    g, p = (np.array([place[x] for x in side]) for side in (gold, named))
     _, member = np.unique(np.asarray(scores.groups), return_inverse=True)
     n_groups = int(member.max()) + 1
 

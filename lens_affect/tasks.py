@@ -270,7 +270,7 @@ class ChoiceTask(_Base):
             texts = generate(
                 model, prompts, greedy=True, max_new_tokens=length, form="continue", progress=progress
             ).texts
-            predicted = tuple(_said_label(text, self.labels) for text in texts)
+            predicted = tuple(_said_label(text, self.labels) or text.strip().split("\n")[0] for text in texts)
             hits = torch.tensor([float(p in g) for p, g in zip(predicted, gold, strict=True)])
             decided = {"log_probabilities": _no_labels(len(chosen)), "predicted": predicted, "values": hits}
         else:
@@ -302,10 +302,20 @@ def _said_label(text: str, labels: Sequence[str]) -> str:
     return next((label for label in sorted(labels, key=len, reverse=True) if said.startswith(label.lower())), "")
 
 
+def examples_hash(task: "Task", examples: Sequence[Example]) -> str:
+    """Hash of prompts and right labels: the stimuli hash of scores on these examples.
+
+    Args:
+        task: that asks.
+        examples: that are asked.
+    """
+    return content_hash([task.prompt(e) for e in examples], [e.labels for e in examples])
+
+
 def _scores(
     task: Any, model: LensModel, examples: Sequence[Example], clock: Stopwatch, seed: int, metric: str, **fields: Any
 ) -> TaskScores:
-    hashed = content_hash([task.prompt(e) for e in examples], [e.labels for e in examples])
+    hashed = examples_hash(task, examples)
     return TaskScores(
         **{
             "task": task.name,

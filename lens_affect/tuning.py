@@ -28,6 +28,7 @@ from lens_affect.task_data import Example
 from lens_affect.tasks import Task, TaskScores
 from lens_affect.trainable import linear_maps, trainable
 from lens_affect.tuned import Tuned, require_peft
+from lens_affect.tuning_plans import MOST_TRIES, RATE_STEPS
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +36,14 @@ FIRST_RATE = {"lora": 8e-3, "full": 1e-4}
 """Learning rate that the rule tries first, by method."""
 RATE_FACTOR = 4.0
 """The next rate is this many times higher or lower."""
-RATE_STEPS = 20
-"""Steps of each try."""
-MOST_TRIES = 5
 WARM_UP = 0.1
 """Share of the steps in which the rate rises; it falls to 0 along a line after that."""
 EXPLODED = 3.0
 """A training loss above this many times the first one, in nats plus one, counts as exploded."""
+
+
+class NoRateError(RuntimeError):
+    """The loss exploded at every learning rate."""
 
 
 def tune_module(
@@ -102,7 +104,11 @@ def tune_module(
         return _untuned(model, arm, task, seed, before, clock)
     data = _read_data(model, task, seed, steps, batch_size, max_tokens, n_validation)
     if rate is None:
-        rate = _best_rate(model, arm, data, seed)
+        try:
+            rate = _best_rate(model, arm, data, seed)
+        except NoRateError as error:
+            log.warning("%s", error)
+            return _untuned(model, arm, task, seed, before, clock, str(error))
     with trainable(model, arm, seed) as parameters:
         cost = _Cost()
         run = _train(model, parameters, data, rate, check_every, patience, progress)
@@ -167,7 +173,7 @@ def choose_rate(
 
     Raises:
         ValueError: as `tune_module`.
-        RuntimeError: the loss exploded at every rate.
+        NoRateError: the loss exploded at every rate.
     """
     arm = _plan(model, modules, method, rank, n_parameters, layers, seed)
     data = _read_data(model, task, seed, RATE_STEPS, batch_size, max_tokens, n_validation)
@@ -242,7 +248,8 @@ def run_arms(
                 if saved is not None:
                     done.save(saved)
             before = before or done.before
-            rates.setdefault(name, done.rate)
+            if not done.exploded:
+                rates.setdefault(name, done.rate)
             found[name].append(done)
     return found
 
@@ -255,10 +262,15 @@ def arm_size(config: Any, name: str, method: str, rank: int, equal_size: bool) -
         name: of the arm.
         method: `lora` or `full`.
         rank: of LoRA.
-        equal_size: as many weights as the gate at this rank; `all`, `none` and `random` keep the rank.
+        equal_size: as many weights as the gate at this rank, or in full tuning as the smallest of gate, up, down and attention; `all` and `none`
+            keep what they are, and `random` has the gate's size at this rank by itself.
     """
     if method == "full":
-        return {}
+        if not equal_size or name in ("all", "none"):
+            return {}
+        present = module_shapes(config)
+        rivals = [m for m in ("gate", "up", "down") if m in present] + ["attention"]
+        return {"n_parameters": min(plan_arm(config, m, method="full").n_parameters for m in rivals)}
     if not equal_size or name in ("all", "none", "random"):
         return {"rank": rank}
     like = "gate" if "gate" in module_shapes(config) else "up"
@@ -464,7 +476,7 @@ def _best_rate(model: Any, arm: Arm, data: _Data, seed: int, first: float | None
         if moved:
             break
     if not math.isfinite(reached[best]):
-        raise RuntimeError(f"the loss of {arm} exploded at every rate of {sorted(reached)}; pass a lower first one")
+        raise NoRateError(f"the loss of {arm} exploded at every rate of {sorted(reached)}; pass a lower first one")
     log.info("%s: validation loss by rate %s", arm.name, {f"{r:g}": round(v, 4) for r, v in sorted(reached.items())})
     return best
 
@@ -481,7 +493,10 @@ def _unmeasured(scores: TaskScores) -> TaskScores:
     )
 
 
-def _untuned(model: LensModel, arm: Arm, task: Task, seed: int, before: TaskScores, clock: Stopwatch) -> Tuned:
+def _untuned(
+    model: LensModel, arm: Arm, task: Task, seed: int, before: TaskScores, clock: Stopwatch, exploded: str = ""
+) -> Tuned:
+    """A run that trained nothing: an empty arm, or one whose loss exploded at every rate."""
     columns = ["step", "train_loss", "validation_loss", "validation_exact"]
     return Tuned(
         arm=arm,
@@ -490,11 +505,11 @@ def _untuned(model: LensModel, arm: Arm, task: Task, seed: int, before: TaskScor
         rate=0.0,
         steps=0,
         best_step=0,
-        exploded=False,
-        note="nothing is trained",
+        exploded=bool(exploded),
+        note=exploded or "nothing is trained",
         curve=pd.DataFrame(columns=columns, dtype=float),
         before=before,
-        after=before,
+        after=_unmeasured(before) if exploded else before,
         trained={},
         seconds=0.0,
         cpu_seconds=0.0,

@@ -19,6 +19,10 @@ from lens_affect.arms import Arm, plan_arm
 from lens_affect.catalogue import CATALOGUE, FetchError, fetch
 from lens_affect.sizes import count_layers, module_shapes, read_config
 
+RATE_STEPS = 20
+"""Steps of each try of a learning rate."""
+MOST_TRIES = 5
+"""Learning rates that are tried at most."""
 TOKENS_PER_ROW = 16
 """Tokens that a training or test row is assumed to have."""
 ACTIVATIONS = 40
@@ -57,7 +61,8 @@ class TuningPlan:
         return (
             f"{self.arm} ({self.share:.2%} of {self.parameters:,})\n"
             f"memory about {self.memory_bytes / 1e9:.1f} GB in float32; {self.steps} steps about {_duration(self.training_seconds)}, "
-            f"scoring {self.n_test} rows before and after about {_duration(self.scoring_seconds)} ({self.threads} threads)"
+            f"scoring {self.n_test} rows before and after about {_duration(self.scoring_seconds)} ({self.threads} threads); choosing the learning rate "
+            f"takes 3 to {MOST_TRIES} times {RATE_STEPS} steps more, once per arm"
         )
 
 

@@ -17,6 +17,8 @@ PLAIN_SITES = ("resid_pre", "resid_post")
 """Sites that lie between blocks: their input and output."""
 CHECK = "the residual stream reads the same without the bridge's wrappers"
 """Self-check that a model must have passed to be read so."""
+_FUSED = ("phi3",)
+"""Families whose bridge computes with pieces of fused maps, which somebody may have changed."""
 Edit = Callable[[Tensor], Any]
 
 
@@ -31,7 +33,10 @@ def can_be_plain(model: Any) -> bool:
     layers = getattr(model.original_model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList) or len(layers) != int(model.cfg.n_layers):
         return False
-    if any(getattr(point, "fwd_hooks", ()) for point in model.hook_dict.values()):
+    points = model.hook_dict.values()
+    if any(p._forward_pre_hooks or p._forward_hooks or getattr(p, "fwd_hooks", ()) for p in points):
+        return False
+    if any(fused in str(getattr(model.original_model.config, "model_type", "")) for fused in _FUSED):
         return False
     wrappers = (m for m in model.original_model.modules() if "_original_component" in m._modules)
     hooks = (hook for m in wrappers for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
@@ -68,8 +73,7 @@ def plain_trunk(model: Any) -> Iterator[list[nn.Module]]:
     finally:
         for parent, name, wrapper in reversed(swapped):
             parent._modules[name] = wrapper
-        if attention is not None:
-            config._attn_implementation = attention
+        config._attn_implementation = attention
 
 
 def _take_off(parent: nn.Module, swapped: list[tuple[nn.Module, str, nn.Module]], seen: set[int]) -> None:

@@ -40,13 +40,14 @@ def write_model(folder: Path, change: float) -> int:
     return size
 
 
-def write_adapter(folder: Path) -> None:
+def write_adapter(folder: Path, names: tuple[str, ...] = tuple(SHAPES)) -> None:
     folder.mkdir()
     settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "base_model_name_or_path": "base"}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     tensors = {}
     for layer in range(LAYERS):
-        for name, (outputs, inputs) in SHAPES.items():
+        for name in names:
+            outputs, inputs = SHAPES[name]
             path = f"base_model.model.model.layers.{layer}.{name}"
             tensors |= {
                 f"{path}.lora_A.weight": torch.randn(8, inputs),
@@ -66,10 +67,11 @@ def main() -> None:
     size = write_model(folder / "base", 0.0)
     write_model(folder / "tuned", 0.01)
     write_adapter(folder / "adapter")
+    write_adapter(folder / "of-one-module", ("self_attn.q_proj",))
     from lens_affect.delta_plans import plan_delta
     from lens_affect.deltas import compare_modules
 
-    for tuned in ("tuned", "adapter"):
+    for tuned in ("tuned", "adapter", "of-one-module"):
         plan = plan_delta(folder / "base", folder / tuned)  # loads every library that comparing needs
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
         before = status("VmRSS")

@@ -15,7 +15,7 @@ def table(rates, *, n=4000, seeds=3, noise=0.002):
     return compare_arms(runs, reference="all")
 
 
-def study(*, gate=0.58, siblings=0.45, whole=0.6, landing=1.5, control=1.0, share=0.8, others=0.3, **more):
+def study(*, gate=0.58, siblings=0.45, whole=0.6, landing=1.5, generic=1.0, share=0.8, others=0.3, **more):
     """A gate that is special in every way; other numbers take one way or another from it."""
     rates = {"gate": gate, "up": siblings, "down": siblings, "attention": siblings, "all": whole}
     shares = {"gate": share, "up": others, "down": others, "attention": others}
@@ -25,6 +25,6 @@ def study(*, gate=0.58, siblings=0.45, whole=0.6, landing=1.5, control=1.0, shar
     return ModuleStudy(
         equal_rank=table(rates),
         equal_size=table({**rates, "random": siblings}),
-        landing=planted_landing({"affect": landing, "topics": control}, noise=0.02),
+        landing=planted_landing({"affect": landing, "topics": generic}, noise=0.02),
         **{**parts, **more},
     )

@@ -44,3 +44,31 @@ def test_a_7b_pair_is_planned_from_its_config_alone(tmp_path):
 def test_pairs_that_do_not_fit_are_refused_before_anything_is_read(tmp_path):
     with pytest.raises(ValueError, match="different shapes"):
         plan_delta(save(make_hf_model("llama"), tmp_path / "a"), save(make_hf_model("gemma3"), tmp_path / "b"))
+
+
+def test_of_a_hub_model_that_is_not_here_only_the_config_is_fetched(monkeypatch):
+    asked = []
+
+    def config(name):
+        asked.append(name)
+        return {
+            "hidden_size": 8,
+            "intermediate_size": 20,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 2,
+            "vocab_size": 50,
+        }
+
+    monkeypatch.setattr("lens_affect.delta_plans.locate_config", config)
+    found = plan_delta("someone/a-model", "someone/a-fine-tune")
+    assert asked == ["someone/a-model"]
+    assert found.n_linear == 14
+    assert "config.json, both sides as large" in str(found)
+
+
+def test_an_adapter_of_one_module_is_planned_with_the_modules_that_it_leaves_alone(tmp_path):
+    from tests.test_lora import make_peft
+
+    model = make_peft("llama", target_modules=["q_proj"])
+    plan = plan_delta(make_hf_model("llama"), model)
+    assert plan.n_linear == 21

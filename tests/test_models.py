@@ -16,6 +16,7 @@ from lens_affect.adapter import model_info, parameter_fingerprint
 from lens_affect.catalogue import FetchError
 from lens_affect.models import load_model
 from lens_affect.stimuli import Stimuli
+from lens_affect.unwrapping import CHECK
 from tests.tiny import FAMILIES, make_hf_model, make_tokenizer
 
 STORY = "She read the note twice, folded it along the old crease, and put the kettle on."
@@ -131,7 +132,7 @@ def test_bfloat16_when_asked_for_is_kept_and_stays_close(saved, exact, family):
     found = extract_activations(coarse, STIMULI)
     assert next(coarse.parameters()).dtype == torch.bfloat16
     assert found.provenance.dtype == "bfloat16"
-    assert all(text.startswith("passed") for text in found.provenance.checks.values())
+    assert all(text.startswith("passed") for name, text in found.provenance.checks.items() if name != CHECK)
     fine = extract_activations(exact(family), STIMULI)
     assert torch.cosine_similarity(found.values, fine.values, dim=-1).min() > 0.99
     assert not torch.equal(found.values, fine.values)

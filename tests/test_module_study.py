@@ -5,6 +5,7 @@ import pytest
 import lens_affect.tuning
 from lens_affect.module_study import ModuleStudy, necessity_sufficiency_efficiency, study_modules
 from lens_affect.scorecard import module_scorecard
+from lens_affect.tuned import Tuned
 from tests.planted_modules import study
 from tests.planted_task import TASK
 
@@ -50,11 +51,38 @@ def test_a_second_start_reads_what_is_there(chain, tunable, monkeypatch):
     for name in ("tune_module", "_best_rate"):
         monkeypatch.setattr(f"lens_affect.tuning.{name}", None)
     monkeypatch.setattr("lens_affect.module_study.score_parts", None)
+    with pytest.raises(ValueError, match=r"scores with other target"):
+        necessity_sufficiency_efficiency(tunable, TASK, control, folder=folder, **OPTIONS | {"target": 0.02})
+    with pytest.raises(ValueError, match=r"scores with other examples"):
+        study_modules(
+            *(tunable, TASK),
+            equal_rank={"all": [found_run(folder)]},
+            equal_size={"all": [found_run(folder)]},
+            controls={},
+            arms=OPTIONS["arms"],
+            examples=TASK.examples("test")[:8],
+            target=OPTIONS["target"],
+            folder=folder,
+        )
     again = necessity_sufficiency_efficiency(tunable, TASK, control, folder=folder, **OPTIONS)
     assert str(again) == str(found)
     assert str(ModuleStudy.load(folder)) == str(found)
-    with pytest.raises(ValueError, match="choose another folder"):
+    with pytest.raises(ValueError, match=r"scores with other arms"):
         necessity_sufficiency_efficiency(tunable, TASK, control, folder=folder, **OPTIONS | {"arms": ("gate", "up")})
+
+
+def found_run(folder):
+    return Tuned.load(folder / "equal_rank_runs" / "all-seed0" / "tuned")
+
+
+def test_a_control_needs_a_name_of_its_own_and_old_parts_do_not_stay(tunable, chain, tmp_path):
+    run = found_run(chain[1])
+    with pytest.raises(ValueError, match="own name"):
+        study_modules(tunable, TASK, equal_rank={"all": [run]}, equal_size={"all": [run]}, controls={TASK.name: [run]})
+    whole = study(control=study().equal_rank)
+    whole.save(tmp_path / "s")
+    study().save(tmp_path / "s", overwrite=True)
+    assert ModuleStudy.load(tmp_path / "s").control is None
 
 
 def test_a_study_without_everything_tuned_is_refused(tunable):

@@ -9,13 +9,15 @@ import torch
 from lens_affect.ablations import ablate_modules
 from lens_affect.damage import neutral_loss
 from lens_affect.lora import open_adapter_run
+from lens_affect.models import load_model
 from lens_affect.module_table import two_way_interval
-from lens_affect.part_scores import KINDS, PartScores, join_parts, score_parts
+from lens_affect.part_scores import KINDS, PartScores, fingerprint, join_parts, score_parts
 from lens_affect.results import Provenance
 from lens_affect.trainable import tuned_weights
 from lens_affect.transfers import transfer_modules
 from lens_affect.tuning import tune_module
-from tests.planted_task import TASK
+from tests.planted_task import QUICK, TASK
+from tests.tiny import make_hf_model, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,8 @@ def planted(kind, gains, *, seeds=3, n=300, draw=0):
         tuple(gains),
         tuple(range(seeds)),
         *tensors,
+        tuple(f"run {seed}" for seed in range(seeds)),
+        0.3 if kind == "equal_damage" else math.nan,
         tuple(map(str, range(n))),
         "a task",
         "accuracy",
@@ -147,7 +151,7 @@ def test_seeds_join_and_strangers_do_not():
         PartScores(
             **{n: getattr(whole, n) for n in whole.__dataclass_fields__}
             | {n: getattr(whole, n)[:, i : i + 1] for n in ("scores", "scales", "rises")}
-            | {"after": whole.after[i : i + 1], "seeds": (i,)}
+            | {"after": whole.after[i : i + 1], "seeds": (i,), "tuned": (f"run {i}",)}
         )
         for i in range(3)
     ]
@@ -158,6 +162,17 @@ def test_seeds_join_and_strangers_do_not():
         join_parts([each[0], each[0]])
     with pytest.raises(ValueError, match="2 kinds"):
         join_parts([whole, planted("revert", {"gate": 0.7, "up": 0.4})])
+
+
+def test_scores_of_other_examples_and_runs_of_another_base_are_refused(tunable, run):
+    few, others = TASK.examples("test")[:4], TASK.examples("train")[:4]
+    before = TASK.score(tunable, others)
+    with pytest.raises(ValueError, match="other examples"):
+        score_parts(tunable, run, TASK, arms=("gate",), examples=few, before=before, after=before)
+    stranger = load_model(make_hf_model("llama", seed=7), tokenizer=make_tokenizer())
+    with pytest.raises(ValueError, match="weights differ"):
+        score_parts(stranger, run, TASK, arms=("gate",), examples=few)
+    assert fingerprint(run) != fingerprint(tune_module(tunable, TASK, modules="gate", rank=1, rate=0.01, **QUICK))
 
 
 @pytest.mark.parametrize("bad", [{"kind": "zero"}, {"measure": "f1"}, {"arms": ()}, {"arms": ("nose",)}])

@@ -65,6 +65,9 @@ def test_zeroed_siblings_are_not_compared():
     for pair in (("gate", "up"), ("gate", "down"), ("up", "down")):
         with pytest.raises(ValueError, match="ablated by zero, which is one function"):
             found.compare(*pair)
+    with pytest.raises(ValueError, match="ablated by zero, which is one function"):
+        found.compare("gate", "mlp")
+    assert "no arm is named" in str(found)
     with pytest.raises(ValueError, match=r"received the arm 'q' in 0-2; arms are \['gate', 'up', 'down'\]"):
         found.compare("gate", "q")
     assert len(table([1.0, 0.2], [0.4, 0.2]).compare("gate", "up")) == 1

@@ -157,3 +157,11 @@ def test_metrics_of_scores_have_intervals_that_hold_the_value():
 def test_a_perfect_prediction_scores_one_everywhere():
     found = measure_task(scores_of(LABELS * 5, LABELS * 5)).to_frame()
     assert found["value"].tolist() == pytest.approx([1.0, 1.0, 1.0, 1.0])
+
+
+def test_a_synonym_that_was_said_hits_by_the_wheels_and_is_a_wrong_label():
+    found = scores_of(["anger", "joy"], ["furious", "joy"])
+    assert "furious" not in found.labels
+    table = measure_task(found).to_frame().set_index("metric")["value"]
+    assert table["hit rate"] == 1.0
+    assert table["weighted F1"] == pytest.approx(0.5)

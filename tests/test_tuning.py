@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from lens_affect import tuning
+from lens_affect.arms import plan_arm
 from lens_affect.trainable import linear_maps
 from lens_affect.tuned import write_adapter
-from lens_affect.tuning import choose_rate, run_arms, tune_module
+from lens_affect.tuning import NoRateError, arm_size, choose_rate, run_arms, tune_module
 from tests.planted_task import QUICK, TASK
 
 
@@ -150,3 +151,32 @@ def test_at_equal_size_all_stays_the_reference():
     assert tuning.arm_size(SMOLLM2, "attention", "lora", 4, True) == {"n_parameters": 253_440}
     assert tuning.arm_size(SMOLLM2, "all", "lora", 4, True) == {"rank": 4}
     assert tuning.arm_size(SMOLLM2, "gate", "full", 4, False) == {}
+
+
+def test_an_arm_that_explodes_at_every_rate_is_recorded_and_the_others_go_on(tunable, unchanged, monkeypatch):
+    def rate(model, arm, *rest):
+        if arm.name == "up":
+            raise NoRateError("the loss of up exploded at every rate")
+        return 0.01
+
+    monkeypatch.setattr("lens_affect.tuning._best_rate", rate)
+    found = run_arms(tunable, TASK, modules=["up", "gate"], seeds=(0,), rank=1, steps=2)
+    up, gate = found["up"][0], found["gate"][0]
+    assert up.exploded
+    assert "every rate" in up.note
+    assert up.after.values.isnan().all()
+    assert not up.before.values.isnan().any()
+    assert not gate.exploded
+    assert gate.trained
+
+
+def test_full_tuning_at_equal_size_has_the_size_of_the_smallest_arm():
+    qwen = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152064}
+    qwen |= {"num_attention_heads": 28, "num_key_value_heads": 4}
+    sizes = {
+        m: plan_arm(qwen, m, method="full", **arm_size(qwen, m, "full", 4, True)).n_parameters
+        for m in ("gate", "up", "attention")
+    }
+    assert sizes["attention"] == plan_arm(qwen, "attention", method="full").n_parameters
+    assert all(abs(size / sizes["attention"] - 1) <= 0.01 for size in sizes.values())
+    assert arm_size(qwen, "all", "full", 4, True) == {}

@@ -71,6 +71,11 @@ def test_hooks_of_any_kind_keep_the_wrappers_on(tiny_model):
     model = tiny_model("llama")
     with add_hooks(model, [("blocks.0.hook_resid_post", lambda value, hook=None: None)]):
         assert not can_be_plain(model)
+    point = model.hook_dict["blocks.0.hook_resid_post"].register_forward_hook(lambda *_: None)
+    try:
+        assert not can_be_plain(model)
+    finally:
+        point.remove()
     handle = model.original_model.base_model.layers[0].register_forward_hook(lambda *_: None)
     try:
         assert not can_be_plain(model)
