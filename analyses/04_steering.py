@@ -150,7 +150,7 @@ for name, study in studies.items():
 onsets = la.compare_onsets(doses)
 print(onsets, end="\n\n")
 save(la.plot_onsets(onsets), "steering_onsets", onsets).show()
-for name in list(LAYERS)[:1]:
+for name in list(LAYERS)[:2]:
     search = {"strengths": (0.2, 0.8) if QUICK else (0.1, 0.2, 0.4, 0.8, 1.6), "precision": 1.0 if QUICK else 0.5}
     found = kept(
         la.RegimeBoundaries,
@@ -188,7 +188,7 @@ pd.concat(
 # Vectors from one half of the topics steer, vectors from the other half read; the correlation with the judge is taken within each dose.
 
 # %%
-for name in list(LAYERS)[:1]:
+for name in list(LAYERS)[:2]:
     halves = [
         kept(
             la.EmotionVectors, f"{name}/vectors-{half}", lambda name=name, half=half: fitted(name, slice(half, None, 2))
