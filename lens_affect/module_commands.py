@@ -321,6 +321,9 @@ def tune(
     seeds: Annotated[str, typer.Option(help="Comma-separated; one run of each arm per seed.")] = "0,1,2",
     n_test: Annotated[int, typer.Option("--test", help="Test rows; as many as there are if fewer.")] = 2000,
     max_words: Annotated[int, typer.Option(help="Longest text of GoEmotions and MELD; 0 for any.")] = 16,
+    shuffled: Annotated[
+        bool, typer.Option("--shuffled-labels", help="A control: the labels of training rows permuted.")
+    ] = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what memory and time it will take, from the config alone, and stop.")
     ] = False,
@@ -349,10 +352,16 @@ def tune(
         from lens_affect.module_table import compare_arms, learning_curves
         from lens_affect.plotting_tuning import plot_learning, plot_retention
         from lens_affect.style import save_figure
-        from lens_affect.tasks import load_task
+        from lens_affect.tasks import ChoiceTask, load_task
         from lens_affect.tuning import run_arms
 
         learned = load_task(task, max_words=max_words or None)
+        if shuffled:
+            if not isinstance(learned, ChoiceTask):
+                raise ValueError(
+                    f"received --shuffled-labels for {learned.name}; allowed are tasks of one label per text"
+                )
+            learned = learned.shuffled()
         folder = Path(out or Path("runs") / f"{Path(model).name}-tune-{learned.name}")
         with show_progress(quiet or json) as report:
             with report("load the model"):

@@ -3,6 +3,7 @@
 Colours are Okabe and Ito's, safe for colour-blind readers; each emotion has one colour and marker everywhere.
 """
 
+import functools
 import json
 import logging
 import os
@@ -101,9 +102,13 @@ def save_figure(figure: go.Figure, path: str | os.PathLike[str], *results: Any) 
     try:
         figure.write_image(picture, scale=2)
     except Exception as error:  # kaleido raises kinds of its own; the interactive figure is there already
-        log.warning(
-            "no PNG of %s (%s); install the group `figures` and a Chromium (BROWSER_PATH)",
-            place.name,
-            str(error).splitlines()[0],
-        )
+        _say_no_pictures("".join(str(error).strip().splitlines()[:1]))
     return page
+
+
+@functools.cache  # once, however many figures there are
+def _say_no_pictures(reason: str) -> None:
+    log.warning(
+        "figures are saved as HTML without a PNG%s; for PNGs install the group `figures` and a Chromium (BROWSER_PATH)",
+        f" ({reason})" if reason else "",
+    )

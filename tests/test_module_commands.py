@@ -79,6 +79,29 @@ def labelled(tmp_path):
     return str(tmp_path / "mine.csv")
 
 
+def test_labels_are_shuffled_for_a_control(model_folder, labelled, tmp_path):
+    command = [
+        "tune",
+        model_folder,
+        "--task",
+        labelled,
+        "--modules",
+        "gate",
+        "--steps",
+        "1",
+        "--seeds",
+        "0",
+        "--rank",
+        "1",
+    ]
+    done = runner.invoke(app, [*command, "--shuffled-labels", "--out", str(tmp_path / "runs"), "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert "shuffled labels" in done.stdout
+    wrong = runner.invoke(app, ["tune", model_folder, "--task", "arithmetic", "--shuffled-labels", "--quiet"])
+    assert wrong.exit_code == 2
+    assert "one label per text" in wrong.stderr
+
+
 def test_transfer_scores_a_task(model_folder, tuned_folder, labelled):
     command = ["transfer", model_folder, tuned_folder, "--modules", "gate,all", "--task", labelled]
     done = runner.invoke(app, [*command, "--quiet"])
