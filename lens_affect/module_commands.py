@@ -9,9 +9,21 @@ from lens_affect.console import parse_numbers, print_table, reporting_errors, sh
 
 WEIGHTS_HELP = "Folder, hub id, catalogue name or GGUF file."
 TUNED_HELP = "The same, or a LoRA adapter's folder or hub id."
-TASK_HELP = "Also score a task of ours (an unknown name lists them), or a table with columns text, label."
 SELECTIVITY = ["affect_loss", "control_loss", "selectivity", "selectivity_low", "selectivity_high"]
-TEST_HELP = "Test rows of the task; as many as there are if fewer."
+
+Arms = Annotated[
+    str, typer.Option(help="Comma-separated arms: q, k, v, o, gate, up, down, attention, mlp, all; gate+up for a pair.")
+]
+Blocks = Annotated[str, typer.Option(help="Comma-separated 0-based blocks; all by default.")]
+AnyBase = Annotated[bool, typer.Option("--any-base", help="Take an adapter whose config names another base.")]
+ScoredTask = Annotated[
+    str,
+    typer.Option(help="Also score a task of ours (an unknown name lists them), or a table with columns text, label."),
+]
+TestRows = Annotated[int, typer.Option("--test", help="Test rows of the task; as many as there are if fewer.")]
+TableFile = Annotated[str, typer.Option(help="CSV file for the table; nothing is kept by default.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the table as JSON.")]
 
 
 def delta(
@@ -22,14 +34,12 @@ def delta(
     norms_only: Annotated[
         bool, typer.Option("--norms-only", help="No singular values: no spectral norm, no effective rank.")
     ] = False,
-    any_base: Annotated[
-        bool, typer.Option("--any-base", help="Take an adapter whose config names another base.")
-    ] = False,
+    any_base: AnyBase = False,
     out: Annotated[
         str, typer.Option(help="Folder of the result, with tables and a heatmap; nothing is kept by default.")
     ] = "",
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the table of modules and blocks as JSON.")] = False,
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Where a fine-tune changed the weights: every linear module and block, one tensor at a time."""
     with reporting_errors():
@@ -73,19 +83,14 @@ def _require_new(out: str) -> None:
 def transfer(
     base: Annotated[str, typer.Argument(help="The model that is changed: " + WEIGHTS_HELP)],
     tuned: Annotated[str, typer.Argument(help=TUNED_HELP)],
-    modules: Annotated[
-        str,
-        typer.Option(help="Comma-separated arms: q, k, v, o, gate, up, down, attention, mlp, all; gate+up for a pair."),
-    ] = "attention,gate,up,down,gate+up,all",
-    layers: Annotated[str, typer.Option(help="Comma-separated 0-based blocks; all by default.")] = "",
-    any_base: Annotated[
-        bool, typer.Option("--any-base", help="Take an adapter whose config names another base.")
-    ] = False,
-    task: Annotated[str, typer.Option(help=TASK_HELP)] = "",
-    n_test: Annotated[int, typer.Option("--test", help=TEST_HELP)] = 512,
-    out: Annotated[str, typer.Option(help="CSV file for the table; nothing is kept by default.")] = "",
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    modules: Arms = "attention,gate,up,down,gate+up,all",
+    layers: Blocks = "",
+    any_base: AnyBase = False,
+    task: ScoredTask = "",
+    n_test: TestRows = 512,
+    out: TableFile = "",
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Put modules of a tuned model into the base, arm by arm, and measure the next-token loss on neutral text, and a task."""
     with reporting_errors():
@@ -140,11 +145,8 @@ def transfer(
 
 def ablate(
     model: Annotated[str, typer.Argument(help=WEIGHTS_HELP)],
-    modules: Annotated[
-        str,
-        typer.Option(help="Comma-separated arms: q, k, v, o, gate, up, down, attention, mlp, all; gate+up for a pair."),
-    ] = "attention,gate,up,down",
-    layers: Annotated[str, typer.Option(help="Comma-separated 0-based blocks; all by default.")] = "",
+    modules: Arms = "attention,gate,up,down",
+    layers: Blocks = "",
     how: Annotated[str, typer.Option(help="base, random_equal_norm, mean, shuffle or zero.")] = "random_equal_norm",
     base: Annotated[str, typer.Option(help="What the model was tuned from, for base and random_equal_norm.")] = "",
     scale: Annotated[
@@ -157,11 +159,11 @@ def ablate(
         float, typer.Option(help="Rise of the loss in nats per token that every arm is brought to; overrides --scale.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of random weights and orders.")] = 0,
-    task: Annotated[str, typer.Option(help=TASK_HELP)] = "",
-    n_test: Annotated[int, typer.Option("--test", help=TEST_HELP)] = 512,
-    out: Annotated[str, typer.Option(help="CSV file for the table; nothing is kept by default.")] = "",
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    task: ScoredTask = "",
+    n_test: TestRows = 512,
+    out: TableFile = "",
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Ablate modules, arm by arm, and measure the next-token loss on neutral text; --target finds scales of equal damage, --task the selectivity."""
     with reporting_errors():
@@ -319,7 +321,7 @@ def tune(
     ] = False,
     steps: Annotated[int, typer.Option(help="Training steps of 16 rows.")] = 100,
     seeds: Annotated[str, typer.Option(help="Comma-separated; one run of each arm per seed.")] = "0,1,2",
-    n_test: Annotated[int, typer.Option("--test", help="Test rows; as many as there are if fewer.")] = 2000,
+    n_test: TestRows = 2000,
     max_words: Annotated[int, typer.Option(help="Longest text of GoEmotions and MELD; 0 for any.")] = 16,
     shuffled: Annotated[
         bool, typer.Option("--shuffled-labels", help="A control: the labels of training rows permuted.")
@@ -330,38 +332,21 @@ def tune(
     out: Annotated[
         str, typer.Option(help="Folder of the runs; runs/MODEL-tune-TASK by default. Finished runs are kept.")
     ] = "",
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Tune single modules on a task, at equal rank or equal size, and compare what each keeps of tuning all of them."""
     with reporting_errors():
-        import pandas as pd
-
         arms = tuple(part.strip() for part in modules.split(",") if part.strip())
         chosen = parse_numbers(seeds, int, "--seeds")
         if plan:
-            plans = _tuning_plans(model, arms, method, rank, equal_size, steps, n_test)
-            if json:
-                print(pd.concat([p.to_frame() for p in plans]).to_json(orient="records", indent=1))
-                return
-            for planned in plans:
-                print(planned)
-            print(f"{len(chosen)} seeds: {len(chosen)} times the time of each arm")
+            _print_plans(_tuning_plans(model, arms, method, rank, equal_size, steps, n_test), len(chosen), json)
             return
         from lens_affect.models import load_model
-        from lens_affect.module_table import compare_arms, learning_curves
-        from lens_affect.plotting_tuning import plot_learning, plot_retention
-        from lens_affect.style import save_figure
-        from lens_affect.tasks import ChoiceTask, load_task
+        from lens_affect.module_table import compare_arms
         from lens_affect.tuning import run_arms
 
-        learned = load_task(task, max_words=max_words or None)
-        if shuffled:
-            if not isinstance(learned, ChoiceTask):
-                raise ValueError(
-                    f"received --shuffled-labels for {learned.name}; allowed are tasks of one label per text"
-                )
-            learned = learned.shuffled()
+        learned = _learned_task(task, max_words, shuffled)
         folder = Path(out or Path("runs") / f"{Path(model).name}-tune-{learned.name}")
         with show_progress(quiet or json) as report:
             with report("load the model"):
@@ -379,33 +364,56 @@ def tune(
                 report=report,
             )
         table = compare_arms(runs, reference="all")
-        table.to_frame().to_csv(folder / "arms.csv", index=False)
-        table.contrasts.to_csv(folder / "contrasts.csv", index=False)
-        pages = []
-        if bool(table.arms["retention"].notna().to_numpy().any()):
-            pages.append(save_figure(plot_retention(table), folder / "retention", table))
-        if (curves := learning_curves(runs)).size:
-            pages.append(save_figure(plot_learning(curves), folder / "learning", table))
+        pages = _keep_tables(table, runs, folder)
         if json:
             print(table.to_frame().to_json(orient="records", indent=1))
             return
         print(table)
-        shown = [
-            "arm",
-            "n_parameters",
-            "size_difference",
-            "n_seeds",
-            "score",
-            "low",
-            "high",
-            "retention",
-            "percent_of_tuned",
-            "cpu_seconds",
-        ]
+        shown = ["arm", "n_parameters", "size_difference", "n_seeds", "score", "low", "high"]
+        shown += ["retention", "percent_of_tuned", "cpu_seconds"]
         print_table(table.to_frame()[shown].round(3), table.task)
         print(f"Runs: {folder.absolute()}")
         for page in pages:
             print(f"Figure: {page.absolute()}")
+
+
+def _learned_task(name: str, max_words: int, shuffled: bool) -> Any:
+    """A task, or its control with permuted labels."""
+    from lens_affect.tasks import ChoiceTask, load_task
+
+    task = load_task(name, max_words=max_words or None)
+    if not shuffled:
+        return task
+    if not isinstance(task, ChoiceTask):
+        raise ValueError(f"received --shuffled-labels for {task.name}; allowed are tasks of one label per text")
+    return task.shuffled()
+
+
+def _keep_tables(table: Any, runs: Any, folder: Path) -> list[Path]:
+    """Tables and figures beside the runs; the pages of the figures."""
+    from lens_affect.module_table import learning_curves
+    from lens_affect.plotting_tuning import plot_learning, plot_retention
+    from lens_affect.style import save_figure
+
+    table.to_frame().to_csv(folder / "arms.csv", index=False)
+    table.contrasts.to_csv(folder / "contrasts.csv", index=False)
+    pages = []
+    if bool(table.arms["retention"].notna().to_numpy().any()):
+        pages.append(save_figure(plot_retention(table), folder / "retention", table))
+    if (curves := learning_curves(runs)).size:
+        pages.append(save_figure(plot_learning(curves), folder / "learning", table))
+    return pages
+
+
+def _print_plans(plans: list[Any], n_seeds: int, json: bool) -> None:
+    import pandas as pd
+
+    if json:
+        print(pd.concat([p.to_frame() for p in plans]).to_json(orient="records", indent=1))
+        return
+    for planned in plans:
+        print(planned)
+    print(f"{n_seeds} seeds: {n_seeds} times the time of each arm")
 
 
 def _tuning_plans(

@@ -3,7 +3,6 @@
 `necessity_sufficiency_efficiency` tunes what has to be tuned and measures the rest; `study_modules` measures runs that are there already.
 """
 
-import contextlib
 import html
 import math
 import os
@@ -22,7 +21,7 @@ from lens_affect.sizes import module_shapes
 from lens_affect.task_data import Example
 from lens_affect.tasks import Task, examples_hash
 from lens_affect.tuned import Tuned
-from lens_affect.tuning import arm_size, run_arms
+from lens_affect.tuning import arm_size, run_arms, silent
 
 ARMS = ("gate", "up", "down", "attention")
 """What is compared: the gate, its two siblings of equal size, and all of attention."""
@@ -148,7 +147,7 @@ def study_modules(
 
     chosen_examples = task.examples("test") if examples is None else tuple(examples)
 
-    def score_options(kind: str, chosen: tuple[str, ...], run: Tuned) -> dict[str, Any]:
+    def facts(kind: str, chosen: tuple[str, ...], run: Tuned) -> dict[str, Any]:
         return {
             "arms": chosen,
             "tuned": (fingerprint(run),),
@@ -164,9 +163,9 @@ def study_modules(
         for run in whole:
             saved = place / "seeds" / f"{kind}-seed{run.seed}" if place is not None else None
             if saved is not None and (saved / "manifest.json").is_file():
-                each.append(_require_same(PartScores.load(saved), saved, score_options(kind, chosen, run)))
+                each.append(_require_same(PartScores.load(saved), saved, facts(kind, chosen, run)))
                 continue
-            with (report or _silent)(f"{kind}, seed {run.seed}".replace("_", " ")) as progress:
+            with (report or silent)(f"{kind}, seed {run.seed}".replace("_", " ")) as progress:
                 each.append(score_parts(model, run, task, **options, seed=run.seed, progress=progress))
             if saved is not None:
                 each[-1].save(saved)
@@ -201,11 +200,6 @@ def _require_same(found: PartScores, folder: Path, asked: Mapping[str, Any]) -> 
             f"received {folder}, which holds scores with other {', '.join(other)} than asked for: choose another folder, or delete that one"
         )
     return found
-
-
-@contextlib.contextmanager
-def _silent(name: str) -> Any:
-    yield None
 
 
 def _transferred(arms: Sequence[str]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ module until language is damaged by a stated amount (`equal_damage`: does the ta
 """
 
 import contextlib
+import hashlib
 import html
 import math
 import os
@@ -27,7 +28,7 @@ from lens_affect.checkpoints import open_checkpoint
 from lens_affect.damage import equal_damage
 from lens_affect.live_weights import EVERYTHING, choose_keys, replaced
 from lens_affect.module_table import TwoWay, two_way_interval, two_way_ratio
-from lens_affect.results import Provenance, Stopwatch, content_hash, load_result, save_result
+from lens_affect.results import Provenance, Stopwatch, load_result, save_result
 from lens_affect.sizes import choose_modules
 from lens_affect.task_data import Example
 from lens_affect.tasks import Task, TaskScores, examples_hash
@@ -208,21 +209,21 @@ def score_parts(
     watch, chosen = Stopwatch(), task.examples("test") if examples is None else tuple(examples)
     for arm in arms:
         choose_modules(arm, present=open_checkpoint(model).modules)
-
-    def score() -> Float[Tensor, " example"]:
-        return _turned(task.score(model, chosen, seed=0), measure)
-
     require_same_base(model, tuned)
-    first = before or task.score(model, chosen, seed=0)
-    with _whole(model, tuned):
-        last = after or task.score(model, chosen, seed=0)
-        scales, rises = _scales(model, arms, kind, target, seed)
     hashed = examples_hash(task, chosen)
-    if {first.provenance.stimuli_hash, last.provenance.stimuli_hash} != {hashed}:
-        raise ValueError(
-            f"received scores of {len(first.values)} and {len(last.values)} other examples for the {len(chosen)} given; allowed are scores of the same "
-            "ones"
-        )
+    for known in (before, after):
+        if known is not None and known.provenance.stimuli_hash != hashed:
+            raise ValueError(
+                f"received scores of {len(known.values)} other examples for the {len(chosen)} given; allowed are scores of the same ones"
+            )
+
+    def score() -> TaskScores:
+        return task.score(model, chosen, seed=0)
+
+    first = before or score()
+    with _whole(model, tuned):
+        last = after or score()
+        scales, rises = _scales(model, arms, kind, target, seed)
     start, end = _turned(first, measure), _turned(last, measure)
     found = []
     for i, arm in enumerate(arms):
@@ -230,7 +231,7 @@ def score_parts(
             found.append(torch.full_like(start, math.nan))
         else:
             with _changed(model, tuned, arm, kind, scales[i], seed):
-                found.append(score())
+                found.append(_turned(score(), measure))
         if progress:
             progress(i + 1, len(arms))
     return PartScores(
@@ -259,11 +260,11 @@ def fingerprint(tuned: Any) -> str:
     """
     if not isinstance(tuned, Tuned):
         return str(getattr(tuned, "name_or_path", tuned) if not isinstance(tuned, str | Path) else tuned)
-    sums = [
-        [name, *value.shape, float(value.double().sum()), float(value.double().square().sum())]
-        for name, value in sorted(tuned.trained.items())
-    ]
-    return content_hash(sums)
+    digest = hashlib.sha256()
+    for name, value in sorted(tuned.trained.items()):
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _turned(scores: TaskScores, measure: str) -> Float[Tensor, " example"]:

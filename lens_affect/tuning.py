@@ -232,7 +232,7 @@ def run_arms(
                 done = _require_same(Tuned.load(saved), model, task, name, steps, len(test), kind, seed, method)
             else:
                 before = before or task.score(model, test)
-                with (report or _silent)(f"{name}, seed {seed}") as progress:
+                with (report or silent)(f"{name}, seed {seed}") as progress:
                     done = tune_module(
                         *(model, task),
                         modules=name,
@@ -300,7 +300,12 @@ def _require_same(
 
 
 @contextlib.contextmanager
-def _silent(name: str) -> Iterator[None]:
+def silent(name: str) -> Iterator[None]:
+    """What a long run reports to where nobody asked.
+
+    Args:
+        name: of the step.
+    """
     yield None
 
 

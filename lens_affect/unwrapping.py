@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from lens_affect.adapter import is_bridge, model_info
 
-PLAIN_SITES = ("resid_pre", "resid_post")
-"""Sites that lie between blocks: their input and output."""
 CHECK = "the residual stream reads the same without the bridge's wrappers"
 """Self-check that a model must have passed to be read so."""
 _FUSED = ("phi3",)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from lens_affect.cli import app
 from lens_affect.sweeps import load_sweep
+from tests.planted_modules import study
 from tests.test_sweeps import SMALL
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,6 +112,16 @@ def test_advice_is_printed_with_what_is_open(finished):
     assert "not decided" in done.stdout
     rows = json.loads(runner.invoke(app, ["recommend", finished, "--json"]).stdout)
     assert [row["question"] for row in rows] == ["text", "layer", "pooling", "strength"]
+
+
+def test_the_scorecard_of_a_study_of_modules_is_printed_alone_or_beside_a_run(finished, tmp_path):
+    study().save(tmp_path / "modules")
+    done = runner.invoke(app, ["scorecard", str(tmp_path / "modules")])
+    assert done.exit_code == 0, done.output
+    assert "holds: G1, G2, G3, G4" in done.stdout
+    rows = json.loads(runner.invoke(app, ["scorecard", finished, str(tmp_path / "modules"), "--json"]).stdout)
+    assert [row["id"] for row in rows][-6:] == ["G1", "G2", "G3", "G3", "G4", "G4"]
+    assert rows[0]["id"].startswith("P")
 
 
 @pytest.mark.parametrize("command", ["scorecard", "recommend"])

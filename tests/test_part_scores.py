@@ -84,13 +84,13 @@ def test_the_model_is_as_before(by_kind, unchanged):
     """`unchanged` compares every weight."""
 
 
-def planted(kind, gains, *, seeds=3, n=300, draw=0):
+def planted(kind, gains, *, seeds=3, n=300, draw=0, noise=0.05):
     """Scores whose share of the gain is known: untuned 0, tuned 1 on average."""
     rng = np.random.default_rng(draw)
     before, after = rng.normal(0, 0.1, n), rng.normal(1, 0.1, (seeds, n))
     start = before if kind == "transfer" else after
     sign = 1 if kind == "transfer" else -1
-    scores = np.stack([start + sign * g + rng.normal(0, 0.05, (seeds, n)) for g in gains.values()])
+    scores = np.stack([start + sign * g + rng.normal(0, noise, (seeds, n)) for g in gains.values()])
     nothing = np.full((len(gains), seeds), math.nan)
     tensors = [torch.tensor(x, dtype=torch.float32) for x in (scores, before, after, np.ones_like(nothing), nothing)]
     return PartScores(

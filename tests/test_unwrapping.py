@@ -18,9 +18,14 @@ FAMILIES = ["llama", "gemma3", "qwen2", "mistral"]
 def test_reading_gives_the_same_with_and_without_wrappers(tiny_model, few_passages, monkeypatch, family):
     model = tiny_model(family)
     assert reads_plain(model), model_info(model).provenance.checks[CHECK]
+    without = []
+    monkeypatch.setattr("lens_affect.activations.plain_trunk", lambda m: without.append(m) or plain_trunk(m))
     plain = extract_activations(model, few_passages)
+    assert without
+    without.clear()
     monkeypatch.setattr("lens_affect.activations.reads_plain", lambda model: False)
     wrapped = extract_activations(model, few_passages)
+    assert not without
     torch.testing.assert_close(plain.values, wrapped.values, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(plain.embedding, wrapped.embedding, atol=1e-6, rtol=0)
 
@@ -29,15 +34,17 @@ def test_reading_gives_the_same_with_and_without_wrappers(tiny_model, few_passag
 def test_everything_is_back_afterwards_and_after_an_exception(tiny_model, family):
     model = tiny_model(family)
     before = {name: id(part) for name, part in model.named_modules()}
+    hooks = [list(part._forward_hooks) for part in model.modules()]  # the host may have left some of its own
     attention = model.original_model.config._attn_implementation
     with pytest.raises(RuntimeError, match="on the way"), plain_trunk(model) as blocks:
         assert not any("_original_component" in part._modules for part in model.original_model.base_model.modules())
+        kept = [list(part._forward_hooks) for part in blocks]
         with plain_hooks(blocks, {}, {0: lambda value: None}):
-            assert blocks[0]._forward_hooks
+            assert [list(part._forward_hooks) for part in blocks] != kept
             raise RuntimeError("on the way")
     assert {name: id(part) for name, part in model.named_modules()} == before
     assert model.original_model.config._attn_implementation == attention
-    assert not blocks[0]._forward_hooks
+    assert [list(part._forward_hooks) for part in model.modules()] == hooks
 
 
 def test_only_some_layers_are_read_and_later_blocks_do_not_run(tiny_model, few_passages):
