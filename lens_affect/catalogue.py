@@ -22,6 +22,7 @@ from typing import IO, Literal
 
 import pandas as pd
 
+from lens_affect.gguf_reading import gguf_precision, reading_once
 from lens_affect.results import atomic_folder, content_hash, file_sha256, full_disk_explained, remove_abandoned
 
 log = logging.getLogger(__name__)
@@ -231,7 +232,7 @@ def fetch(entry: CatalogueEntry) -> Path:
             "name a model that is here: a local folder, a GGUF file, or a cached one (`lens-affect catalogue`)",
         )
         _join_members(entry, place, gguf)
-        log.warning("converting %s to safetensors, once (about a minute)", entry.title)
+        log.warning("converting %s to safetensors, once (less than a minute)", entry.title)
         convert_gguf(
             gguf,
             folder,
@@ -391,15 +392,17 @@ def convert_gguf(
         "licence": licence,
     }
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    with quiet_transformers():
+    with quiet_transformers(), reading_once():
         tokenizer = AutoTokenizer.from_pretrained(**where)
         read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         settings = read.config.to_dict()
         settings.pop("quantization_config", None)
         config = type(read.config).from_dict(settings)
         config.architectures = [type(read).__name__]  # TransformerLens reads the architecture from here
-        clean = type(read)(config)
-        clean.load_state_dict(read.state_dict())
+        with torch.device("meta"):  # random weights of its own would take seconds
+            clean = type(read)(config)
+        clean.load_state_dict(read.state_dict(), assign=True)
+        clean.tie_weights()
         clean.generation_config = read.generation_config
         with atomic_folder(folder) as place:
             clean.save_pretrained(place)
@@ -416,11 +419,11 @@ def converted_gguf(gguf: Path) -> Path:
     """
     from filelock import FileLock
 
-    digest, precision = file_sha256(gguf), gguf_precision(gguf)
-    folder = cache_folder() / "models" / f"{gguf.stem}-{digest[:8]}"
+    folder = cache_folder() / "models" / f"{gguf.stem}-{file_sha256(gguf)[:8]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / CARD).is_file():
+            precision = gguf_precision(gguf)
             try:
                 convert_gguf(gguf, folder, title=gguf.stem, source=str(gguf), precision=precision)
             except (ValueError, KeyError) as error:
@@ -429,26 +432,6 @@ def converted_gguf(gguf: Path) -> Path:
                     "original model from a folder instead"
                 ) from error
     return folder
-
-
-def gguf_precision(gguf: Path) -> str | None:
-    """Name of the file's quantization, such as `Q4_1`, or None for 16 or 32 bits.
-
-    Raises:
-        ValueError: a file that is no GGUF, or is cut short.
-    """
-    from gguf import GGUFReader, LlamaFileType
-
-    try:
-        field = GGUFReader(str(gguf)).get_field("general.file_type")
-    except (ValueError, IndexError) as error:
-        raise ValueError(
-            f"received {gguf}, which is no whole GGUF file ({error}); fetch it again and compare its size with the source's"
-        ) from error
-    if field is None:
-        return "quantized"
-    name = LlamaFileType(field.contents()).name.removeprefix("MOSTLY_")
-    return None if name in ("ALL_F32", "F16", "BF16") else name
 
 
 def read_card(folder: Path) -> dict[str, str | None]:

