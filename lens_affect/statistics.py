@@ -179,15 +179,14 @@ def adjust_p(p: Float[np.ndarray, "*rows"], *, method: Literal["holm", "bh"] = "
     Raises:
         ValueError: a p outside 0 to 1, or an unknown method.
 
-    Source: Holm (1979); Benjamini and Hochberg (1995, doi:10.1111/j.2517-6161.1995.tb02031.x), through statsmodels.
+    Source: Holm (1979); Benjamini and Hochberg (1995, doi:10.1111/j.2517-6161.1995.tb02031.x).
 
     Example:
         >>> adjust_p(np.array([0.01, 0.04, np.nan])).tolist()
         [0.02, 0.04, nan]
     """
-    names = {"holm": "holm", "bh": "fdr_bh"}
-    if method not in names:
-        raise ValueError(f"received method {method!r}; methods are {list(names)}: choose one")
+    if method not in ("holm", "bh"):
+        raise ValueError(f"received method {method!r}; methods are ['holm', 'bh']: choose one")
     made = ~np.isnan(p)
     if ((p[made] < 0) | (p[made] > 1)).any():
         outside = p[made][(p[made] < 0) | (p[made] > 1)][0]
@@ -196,7 +195,14 @@ def adjust_p(p: Float[np.ndarray, "*rows"], *, method: Literal["holm", "bh"] = "
         )
     adjusted = np.full(p.shape, np.nan)
     if made.any():
-        from statsmodels.stats.multitest import multipletests
+        adjusted[made] = stats.false_discovery_control(p[made]) if method == "bh" else _holm(p[made])
+    return adjusted
 
-        adjusted[made] = multipletests(p[made], method=names[method])[1]
+
+def _holm(p: Float[np.ndarray, " test"]) -> Float[np.ndarray, " test"]:
+    """Holm's steps. statsmodels has them too, but collects garbage at each call: a quarter of a second in a process with a model."""
+    order = np.argsort(p)
+    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(stepped, 1)
     return adjusted

@@ -206,6 +206,15 @@ def test_adjusted_p_by_hand():
     assert adjust_p(np.zeros((0, 3))).shape == (0, 3)
 
 
+@pytest.mark.parametrize(("method", "theirs"), [("holm", "holm"), ("bh", "fdr_bh")])
+def test_adjusted_p_is_that_of_statsmodels(method, theirs):
+    from statsmodels.stats.multitest import multipletests
+
+    p = np.random.default_rng(0).beta(0.3, 3, (2, 400)).round(3)  # with ties
+    for row in p:
+        np.testing.assert_allclose(adjust_p(row, method=method), multipletests(row, method=theirs)[1], rtol=1e-12)
+
+
 def test_adjusted_p_refuses_what_is_no_p():
     with pytest.raises(ValueError, match="received p = 1.5"):
         adjust_p(np.array([0.5, 1.5, np.nan]))
