@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jupytext
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lens_affect
 import lens_affect.models
@@ -22,13 +24,35 @@ SCRIPTS = sorted((ROOT / "analyses").glob("[0-9]*.py"))
 @pytest.fixture
 def one_loading(real_model, monkeypatch):
     """The scripts get the model that this session has loaded (or the test is skipped with the reason): loading is tested elsewhere."""
-    real_model("smollm2-135m-instruct")
+    replace_loading(monkeypatch, real_model("smollm2-135m-instruct"))
 
-    def loaded(name, **options):
-        return real_model(name)
 
-    monkeypatch.setattr(lens_affect.models, "load_model", loaded)
-    monkeypatch.setattr(lens_affect, "load_model", loaded, raising=False)
+@pytest.fixture(scope="module")
+def narrow(real_model):
+    """A random model as deep as SmolLM2, with its tokenizer, and of width 32: what the scripts print about it means nothing, but they run."""
+    real = real_model("smollm2-135m-instruct")
+    narrow = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    config = LlamaConfig.from_dict(real.original_model.config.to_dict() | narrow | {"initializer_range": 0.2})
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    model.config.architectures = ["LlamaForCausalLM"]
+    return load_model(model, tokenizer=real.tokenizer)
+
+
+@pytest.fixture
+def narrow_loading(narrow, monkeypatch):
+    replace_loading(monkeypatch, narrow)
+
+
+def replace_loading(monkeypatch, model):
+    monkeypatch.setattr(lens_affect.models, "load_model", lambda name, **options: model)
+    monkeypatch.setattr(lens_affect, "load_model", lambda name, **options: model, raising=False)
     monkeypatch.setenv("LENS_AFFECT_QUICK", "1")
 
 
@@ -42,7 +66,7 @@ def test_the_layer_sweep_runs_in_quick_mode(one_loading, capsys):
 
 
 @pytest.mark.weights
-def test_shape_and_methods_run_in_quick_mode(one_loading, monkeypatch, capsys, tmp_path):
+def test_shape_and_methods_run_in_quick_mode(narrow_loading, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path))
     monkeypatch.delenv("LENS_AFFECT_DATA", raising=False)
     names = runpy.run_path(str(ROOT / "analyses" / "02_shape_and_methods.py"))
@@ -54,7 +78,7 @@ def test_shape_and_methods_run_in_quick_mode(one_loading, monkeypatch, capsys, t
 
 
 @pytest.mark.weights
-def test_the_gate_runs_in_quick_mode(one_loading, monkeypatch, capsys, tmp_path):
+def test_the_gate_runs_in_quick_mode(narrow_loading, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path))
     names = runpy.run_path(str(ROOT / "analyses" / "03_gate.py"))
     printed = capsys.readouterr().out
@@ -66,7 +90,7 @@ def test_the_gate_runs_in_quick_mode(one_loading, monkeypatch, capsys, tmp_path)
 
 
 @pytest.mark.weights
-def test_steering_runs_in_quick_mode(one_loading, monkeypatch, capsys, tmp_path):
+def test_steering_runs_in_quick_mode(narrow_loading, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path))
     names = runpy.run_path(str(ROOT / "analyses" / "04_steering.py"))
     printed = capsys.readouterr().out
@@ -78,7 +102,7 @@ def test_steering_runs_in_quick_mode(one_loading, monkeypatch, capsys, tmp_path)
 
 
 @pytest.mark.weights
-def test_foreign_tokens_run_in_quick_mode(one_loading, monkeypatch, capsys, tmp_path):
+def test_foreign_tokens_run_in_quick_mode(narrow_loading, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path))
     names = runpy.run_path(str(ROOT / "analyses" / "04_foreign_tokens.py"))
     assert "random directions" in capsys.readouterr().out
