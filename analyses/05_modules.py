@@ -238,7 +238,7 @@ for task in ("neutral_text", "arithmetic"):
 # name is taken out before the judge reads, and what has fewer than four different words left counts as nothing.
 
 # %%
-runs = together({m: f"writing-{m}-rank4" for m in ("gate", "up", "attention", "all")})
+runs = together({m: f"writing-{m}-rank4" for m in (*MODULES, "all")})
 if "gate" in runs and "all" in runs:
     writing = la.compare_arms(runs, reference="all")
     print(writing)
@@ -298,9 +298,21 @@ if study:
     if any(part.to_frame()["share"].notna().any() for part in kinds):
         save(la.plot_parts(kinds), "module_parts", *kinds).show()
 
+# %% [markdown]
+# The same in writing, and in the task without affect.
+
 # %%
-if (RUNS / "study" / "bands" / "manifest.json").is_file():
-    bands = la.AblationTable.load(RUNS / "study" / "bands")
+if study:
+    for part in (study.writing_transfer, study.writing_revert, study.control_transfer, study.control_revert):
+        print(part or "not finished", end="\n\n")
+
+# %% [markdown]
+# Noise in thirds of the blocks, at the scales at which all blocks together damage language alike: what affect loses minus what language loses, both in
+# standard deviations over examples of the tuned model's scores.
+
+# %%
+bands = study.bands if study else None
+if bands:
     print(bands)
     if bands.to_frame()["selectivity"].notna().any():
         save(la.plot_selectivity(bands), "module_selectivity", bands).show()

@@ -38,8 +38,9 @@ HERE = Path(__file__).resolve().parent
 RUNS = Path(os.environ.get("LENS_AFFECT_RUNS", HERE.parent / "runs")) / "tuning"
 MODEL = "smollm2-135m-instruct"
 MAX_WORDS = 12  # of a comment: at most 12 words keep a step at 16 rows of some 15 tokens
-N_TEST, N_WRITTEN = 2048, 108
+N_TEST = 2048
 N_PARTS = 768
+DAMAGE = 0.3  # rise of the loss on neutral text at which damaged modules are compared, nats per token
 STEPS, CHECK_EVERY, RANK = 64, 16, 4
 KINDS = ("transfer", "revert", "random_equal_norm", "equal_damage")
 TRANSFERRED = ("gate", "up", "down", "attention", "gate+up", "mlp")
@@ -62,7 +63,7 @@ class Job:
     def kind(self) -> str:
         """What arms that differ in their seed only have in common."""
         if self.block in NO_ARM:
-            return f"{self.block}-{self.modules}"
+            return f"{self.block}-{self.modules}" + f"-{self.task}" * (self.task != "goemotions")
         how = f"rank{self.rank}" if self.size == "rank" else f"size-of-gate-rank{self.rank}"
         return f"{self.task}-{self.modules}-{how if self.method == 'lora' else 'full'}"
 
@@ -92,11 +93,15 @@ def campaign() -> list[Job]:
     def parts(seed: int) -> list[Job]:
         return [Job("parts", kind, seed) for kind in KINDS] + [Job("bands", "all", seed)] * (seed == 0)
 
+    def other_parts(seed: int, task: str) -> list[Job]:
+        return [Job("parts", kind, seed, task=task) for kind in ("transfer", "revert")]
+
     jobs = [job for seed in range(3) for job in (*equal(seed, RANK, "equal"), *landing(seed), *parts(seed))]
-    jobs += [job for seed in range(2) for job in (*controls(seed), *writing(seed))]
+    jobs += [job for seed in range(3) for job in other_parts(seed, "topics")]
+    jobs += [job for seed in range(2) for job in (*controls(seed), *writing(seed), *other_parts(seed, "writing"))]
     for seed in range(3):
         jobs += equal(seed, 1, "rank1")
-    jobs += writing(2)
+    jobs += [*writing(2), *other_parts(2, "writing")]
     return [*jobs, *(Job("full", m, 0, method="full") for m in ("gate", "up", "attention")), Job("study", "all", 0)]
 
 
@@ -210,20 +215,22 @@ def finished(kind: str) -> list[la.Tuned]:
 
 def score_modules(model: Any, job: Job) -> None:
     """Transfer, revert, replace by noise or damage the modules of one model with everything tuned."""
-    folder = RUNS / "study" / "seeds" / f"{job.modules}-seed{job.seed}"
-    whole = RUNS / f"goemotions-all-rank{RANK}-seed{job.seed}"
+    prefix = {"goemotions": "", "topics": "control_", "writing": "writing_"}[job.task]
+    folder = RUNS / "study" / "seeds" / f"{prefix}{job.modules}-seed{job.seed}"
+    whole = RUNS / f"{job.task}-all-rank{RANK}-seed{job.seed}"
     if (folder / "manifest.json").is_file() or not (whole / "done.json").is_file():
         return
-    task, run = task_of("goemotions"), la.Tuned.load(whole / "tuned")
-    examples = task.examples("test", n=N_PARTS)
-    before = kept(RUNS / "base" / f"parts{N_PARTS}", lambda: task.score(model, examples, seed=0))
+    task, run = task_of(job.task), la.Tuned.load(whole / "tuned")
+    examples = task.examples("test", n=N_PARTS if job.task == "goemotions" else None)
+    before = kept(RUNS / "base" / f"{prefix}parts{len(examples)}", lambda: task.score(model, examples, seed=0))
     with la.tuned_weights(model, run):
-        after = kept(whole / f"parts{N_PARTS}", lambda: task.score(model, examples, seed=0))
+        after = kept(whole / f"parts{len(examples)}", lambda: task.score(model, examples, seed=0))
     found = la.score_parts(
         *(model, run, task),
         arms=TRANSFERRED if job.modules == "transfer" else TRANSFERRED[:4],
         kind=job.modules,
         examples=examples,
+        target=DAMAGE,
         before=before,
         after=after,
         seed=job.seed,
@@ -264,6 +271,7 @@ def study(model: Any, job: Job) -> None:
     fitted = {m: finished(f"goemotions-{m}-size-of-gate-rank{RANK}") for m in ("attention", "random")}
     others = {t: finished(f"{t}-all-rank{RANK}") for t in ("topics", "goemotions_shuffled")}
     control = {m: finished(f"topics-{m}-rank{RANK}") for m in ("gate", "up", "attention", "all")}
+    bands = RUNS / "study" / "bands"
     writing = {m: finished(f"writing-{m}-rank{RANK}") for m in ("gate", "up", "down", "attention", "all")}
     found = la.study_modules(
         *(model, task_of("goemotions")),
@@ -271,8 +279,12 @@ def study(model: Any, job: Job) -> None:
         equal_size={m: fitted.get(m) or ranked[m] for m in ("gate", "up", "down", "attention", "random", "all")},
         controls={t: runs for t, runs in others.items() if runs},
         control=control if all(control.values()) else None,
+        control_task=task_of("topics") if all(control.values()) else None,
         writing=writing if all(writing.values()) else None,
+        writing_task=task_of("writing") if all(writing.values()) else None,
+        bands=la.AblationTable.load(bands) if (bands / "manifest.json").is_file() else None,
         examples=task_of("goemotions").examples("test", n=N_PARTS),
+        target=DAMAGE,
         folder=RUNS / "study",
     )
     print(found)

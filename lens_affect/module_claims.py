@@ -39,12 +39,17 @@ def module_rows(study: ModuleStudy) -> list[dict[str, Any]]:
     Args:
         study: of one model.
     """
-    rows = [_lands(study), _sufficient(study.transfer)]
+    rows = [_lands(study), _sufficient(study.transfer, study.control_transfer)]
+    if study.writing_transfer is not None:
+        rows.append(_sufficient(study.writing_transfer, study.control_transfer))
     for table, source in ((study.equal_rank, "equal rank"), (study.equal_size, "equal size")):
         rows.append(_efficient(table, source, study.control))
     if study.writing is not None:
         rows.append(_efficient(study.writing, "writing, equal rank", study.control))
-    return [*rows, _necessary(study), _necessary_at_equal_damage(study.equal_damage)]
+    rows.append(_necessary(study.revert, study.control_revert, study.random_equal_norm))
+    if study.writing_revert is not None:
+        rows.append(_necessary(study.writing_revert, study.control_revert))
+    return [*rows, _necessary_at_equal_damage(study.equal_damage)]
 
 
 def special(limits: Limits, margin: float) -> str:
@@ -129,45 +134,42 @@ def _lands(study: ModuleStudy) -> dict[str, Any]:
 def _rule(what: str, level: float, rivals: str) -> str:
     return (
         f"{what}; does not hold if its 95 % interval lies below {level}, or if one of {rivals} does more or the same within {MARGIN} of the gain; holds if the interval "
-        f"lies above {level} and the gate does more than all of them; undecided otherwise, with fewer than {FEWEST_SEEDS} seeds, or where tuning gained nothing for "
-        "certain"
+        f"lies above {level} and the gate does more than all of them, but not in a task without affect too; undecided otherwise, with fewer than {FEWEST_SEEDS} seeds, or "
+        "where tuning gained nothing for certain"
     )
 
 
-def _sufficient(parts: PartScores) -> dict[str, Any]:
+def _sufficient(parts: PartScores, control: PartScores | None) -> dict[str, Any]:
     start = claim_row(
         "G2",
         "gate_proj is sufficient: transferred alone it brings what tuning brought",
         "gate_proj best of single modules",
         _rule("share of the gain that the gate's change alone brings to the untuned model", MOST, ", ".join(SIBLINGS)),
         model=parts.provenance.title,
-        source=parts.title,
+        source=f"transferred, {parts.title}",
         n=len(parts.before),
     )
-    found, _ = _by_parts(parts, "brought by the gate minus by others")
+    found, _ = _by_parts(parts, "brought by the gate minus by others", control)
     return start | found | _papers_percent(parts, lambda score, after: 100 * score / after)
 
 
-def _by_parts(parts: PartScores, words: str) -> tuple[dict[str, Any], Limits]:
-    """Numbers of a row, and the gate against its siblings in shares of the gain."""
+def _by_parts(parts: PartScores, words: str, control: PartScores | None = None) -> tuple[dict[str, Any], Limits]:
+    """Numbers of a row, and the gate against its siblings in shares of the gain, beside a task without affect."""
     table: Any = parts.to_frame().set_index("arm")
     if GATE not in table.index or not table.loc[GATE, "n_seeds"]:
         return {"note": "the gate was not measured"}, {}
     row: Any = table.loc[GATE]
     gain = float(parts.after.mean()) - float(parts.before.mean())
-    limits: dict[str, tuple[float, float, float]] = {}
-    n_seeds = int(row["n_seeds"])
-    for other in SIBLINGS:
-        try:
-            d = parts.contrast(GATE, other)
-        except ValueError:  # not among the arms, or never measured beside the gate
-            limits[other] = UNKNOWN
-            continue
-        limits[other] = (d.estimate / gain, d.low / gain, d.high / gain) if gain > 0 else UNKNOWN
-        n_seeds = min(n_seeds, d.n_seeds)
+    limits, n_seeds = _part_contrasts(parts, gain)
     shares = {arm: float(table.loc[arm, "share"]) for arm in SIBLINGS if arm in table.index}
     low, high = float(row["share_low"]), float(row["share_high"])
     verdict = _both(special(limits, MARGIN), low, high, MOST) if n_seeds >= FEWEST_SEEDS else OPEN
+    beside = "not compared with a task without affect"
+    if control is not None:
+        without, _ = _part_contrasts(control, float(control.after.mean()) - float(control.before.mean()))
+        beside = f"in {control.title}: {_words(without)}"
+        if verdict == HOLDS and special(without, MARGIN) == HOLDS:
+            verdict = OPEN  # the gate is special, and not for affect
     nothing = "" if math.isfinite(low) else "tuning gained nothing for certain; "
     return {
         "sound_statistic": float(row["share"]),
@@ -176,8 +178,24 @@ def _by_parts(parts: PartScores, words: str) -> tuple[dict[str, Any], Limits]:
         "null": _largest(shares),
         "verdict": verdict,
         "note": f"{nothing}share of the gain of {gain:.3f} in {parts.metric} (null: the best of {', '.join(SIBLINGS)}); {words}, in shares of the gain: {_words(limits)}; "
-        f"{n_seeds} seeds; not compared with a task without affect",
+        f"{n_seeds} seeds; {beside}",
     }, limits
+
+
+def _part_contrasts(parts: PartScores, gain: float) -> tuple[Limits, int]:
+    """The gate against its siblings in shares of the gain; and the fewest seeds behind one of them."""
+    table: Any = parts.to_frame().set_index("arm")
+    found: dict[str, tuple[float, float, float]] = {}
+    n_seeds = int(table.loc[GATE, "n_seeds"]) if GATE in table.index else 0
+    for other in SIBLINGS:
+        try:
+            d = parts.contrast(GATE, other)
+        except ValueError:  # not among the arms, or never measured beside the gate
+            found[other] = UNKNOWN
+            continue
+        found[other] = (d.estimate / gain, d.low / gain, d.high / gain) if gain > 0 else UNKNOWN
+        n_seeds = min(n_seeds, d.n_seeds)
+    return found, n_seeds
 
 
 def _papers_percent(parts: PartScores, percent: Callable[[float, float], float]) -> dict[str, Any]:
@@ -244,20 +262,19 @@ def _contrasts(table: ModuleTable) -> tuple[Limits, int]:
     return found, n_seeds
 
 
-def _necessary(study: ModuleStudy) -> dict[str, Any]:
-    parts, noise = study.revert, study.random_equal_norm
+def _necessary(parts: PartScores, control: PartScores | None, noise: PartScores | None = None) -> dict[str, Any]:
     start = claim_row(
         "G4",
         "gate_proj is necessary: without its change affect is lost",
         "destructive ablation, no number",
         _rule("share of the gain that goes when the gate is taken back to the base", MOST, ", ".join(SIBLINGS)),
         model=parts.provenance.title,
-        source="reverted",
+        source=f"reverted, {parts.title}",
         n=len(parts.before),
     )
-    found, _ = _by_parts(parts, "lost with the gate minus with others")
-    other: Any = noise.to_frame().set_index("arm")
-    if GATE in other.index and "verdict" in found:
+    found, _ = _by_parts(parts, "lost with the gate minus with others", control)
+    other: Any = noise.to_frame().set_index("arm") if noise is not None else None
+    if other is not None and GATE in other.index and "verdict" in found:
         row: Any = other.loc[GATE]
         found["note"] += (
             f"; with noise of its norm in its place {row['share']:.2f} [{row['share_low']:.2f}, {row['share_high']:.2f}] of the gain goes"

@@ -17,6 +17,7 @@ from lens_affect.arms import plan_arm
 from lens_affect.landing import Landing, measure_landing
 from lens_affect.module_table import ModuleTable, compare_arms
 from lens_affect.part_scores import KINDS, PartScores, fingerprint, join_parts, score_parts
+from lens_affect.selectivity import AblationTable
 from lens_affect.sizes import module_shapes
 from lens_affect.task_data import Example
 from lens_affect.tasks import Task, examples_hash
@@ -33,9 +34,15 @@ PARTS: dict[str, type] = {
     "landing": Landing,
     **dict.fromkeys(KINDS, PartScores),
     "control": ModuleTable,
+    "control_transfer": PartScores,
+    "control_revert": PartScores,
     "writing": ModuleTable,
+    "writing_transfer": PartScores,
+    "writing_revert": PartScores,
+    "bands": AblationTable,
 }
-"""Parts of a study, each a folder; the last two may be missing."""
+"""Parts of a study, each a folder; those from `control` on may be missing."""
+OPTIONAL = tuple(PARTS)[tuple(PARTS).index("control") :]
 Runs = Mapping[str, Sequence[Tuned]]
 Report = Callable[[str], Any]
 
@@ -60,8 +67,18 @@ class ModuleStudy:
     """Modules damaged until language has lost the same."""
     control: ModuleTable | None = None
     """Single modules tuned on a task without affect."""
+    control_transfer: PartScores | None = None
+    """As `transfer`, of a model with everything tuned on that task."""
+    control_revert: PartScores | None = None
+    """As `revert`, of that model."""
     writing: ModuleTable | None = None
     """Single modules tuned to write affect."""
+    writing_transfer: PartScores | None = None
+    """As `transfer`, of a model with everything tuned to write."""
+    writing_revert: PartScores | None = None
+    """As `revert`, of that model."""
+    bands: AblationTable | None = None
+    """Modules ablated in bands of layers: affect lost beside language lost."""
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Save every part in a folder of its own; a part that this study lacks is not left from an earlier one."""
@@ -81,7 +98,7 @@ class ModuleStudy:
             FileNotFoundError: a part that every study has is not there.
         """
         there = {n: kind for n, kind in PARTS.items() if (Path(folder) / n / "manifest.json").is_file()}
-        missing = [n for n in PARTS if n not in there and n not in ("control", "writing")]
+        missing = [n for n in PARTS if n not in there and n not in OPTIONAL]
         if missing:
             raise FileNotFoundError(
                 f"received {folder}, which has no {', '.join(missing)}; give a folder that study_modules saved"
@@ -107,7 +124,10 @@ def study_modules(
     equal_size: Runs,
     controls: Runs,
     control: Runs | None = None,
+    control_task: Task | None = None,
     writing: Runs | None = None,
+    writing_task: Task | None = None,
+    bands: AblationTable | None = None,
     arms: Sequence[str] = ARMS,
     transferred: Sequence[str] | None = None,
     examples: Sequence[Example] | None = None,
@@ -124,7 +144,10 @@ def study_modules(
         equal_size: the same at equal size; `all` may be the same runs.
         controls: what else everything was tuned on -> runs, for the landing.
         control: arm -> runs on a task without affect.
+        control_task: that task; with it the modules of the control's `all` are transferred and reverted too.
         writing: arm -> runs on writing.
+        writing_task: that task, as control_task.
+        bands: what scan_ablations found, where it was asked.
         arms: what is reverted, replaced by noise and damaged.
         transferred: what is put alone into the base; the arms, gate+up and mlp by default.
         examples: that transfers and reverts are scored on; the task's test split by default. Noise and damage are scored on the same.
@@ -138,52 +161,85 @@ def study_modules(
     Example:
         >>> study_modules(model, task, equal_rank=runs, equal_size=fitted, controls={"topics": others})  # doctest: +SKIP
     """
-    whole = [run for run in equal_rank.get("all", ()) if not run.exploded]
+    whole = _whole(equal_rank)
     if not whole:
         raise ValueError(
             f"received the arms {list(equal_rank)}, without a run of 'all' that did not explode; transfers and reverts need one"
         )
-    place = Path(folder) if folder is not None else None
-
-    chosen_examples = task.examples("test") if examples is None else tuple(examples)
-
-    def facts(kind: str, chosen: tuple[str, ...], run: Tuned) -> dict[str, Any]:
-        return {
-            "arms": chosen,
-            "tuned": (fingerprint(run),),
-            "target": str(target if kind == "equal_damage" else math.nan),
-            "examples": examples_hash(task, chosen_examples),
-            "base": model_info(model).provenance.weights_sha256,
-        }
-
-    def parts(kind: str) -> PartScores:
-        chosen = tuple(transferred or _transferred(arms)) if kind == "transfer" else tuple(arms)
-        options: dict[str, Any] = {"arms": chosen, "kind": kind, "examples": chosen_examples, "target": target}
-        each = []
-        for run in whole:
-            saved = place / "seeds" / f"{kind}-seed{run.seed}" if place is not None else None
-            if saved is not None and (saved / "manifest.json").is_file():
-                each.append(_require_same(PartScores.load(saved), saved, facts(kind, chosen, run)))
-                continue
-            with (report or silent)(f"{kind}, seed {run.seed}".replace("_", " ")) as progress:
-                each.append(score_parts(model, run, task, **options, seed=run.seed, progress=progress))
-            if saved is not None:
-                each[-1].save(saved)
-        return join_parts(each)
-
     if task.name in controls:
         raise ValueError(f"received a control with the task's own name, {task.name!r}; give the control another name")
+    place = Path(folder) if folder is not None else None
+    pairs = tuple(transferred or _transferred(arms))
+
+    def parts(kind: str, learned: Task = task, runs: Sequence[Tuned] = whole, prefix: str = "") -> PartScores:
+        return _parts_of_seeds(
+            *(model, learned, runs),
+            kind=kind,
+            arms=pairs if kind == "transfer" else tuple(arms),
+            examples=tuple(examples) if examples is not None and learned is task else learned.examples("test"),
+            target=target,
+            folder=place / "seeds" if place is not None else None,
+            prefix=prefix,
+            report=report,
+        )
+
+    others: dict[str, Any] = {}
+    for name, runs, learned in (("control", control, control_task), ("writing", writing, writing_task)):
+        if runs:
+            others[name] = compare_arms(runs, reference="all")
+            if learned is not None and _whole(runs):
+                others |= {f"{name}_{k}": parts(k, learned, _whole(runs), f"{name}_") for k in ("transfer", "revert")}
     study = ModuleStudy(
         equal_rank=compare_arms(equal_rank, reference="all"),
         equal_size=compare_arms(equal_size, reference="all"),
         landing=measure_landing(model, {task.name: whole, **controls}),
-        control=compare_arms(control, reference="all") if control else None,
-        writing=compare_arms(writing, reference="all") if writing else None,
         **{kind: parts(kind) for kind in KINDS},
+        **others,
+        bands=bands,
     )
     if place is not None:
         study.save(place, overwrite=True)
     return study
+
+
+def _whole(runs: Runs) -> list[Tuned]:
+    """Runs with everything tuned, without those that exploded."""
+    return [run for run in runs.get("all", ()) if not run.exploded]
+
+
+def _parts_of_seeds(
+    model: Any,
+    task: Task,
+    runs: Sequence[Tuned],
+    *,
+    kind: str,
+    arms: tuple[str, ...],
+    examples: Sequence[Example],
+    target: float,
+    folder: Path | None,
+    prefix: str,
+    report: Report | None,
+) -> PartScores:
+    """One kind of part over the seeds; what a folder holds of it is read."""
+    each = []
+    for run in runs:
+        saved = folder / f"{prefix}{kind}-seed{run.seed}" if folder is not None else None
+        if saved is not None and (saved / "manifest.json").is_file():
+            facts = {
+                "arms": arms,
+                "tuned": (fingerprint(run),),
+                "target": str(target if kind == "equal_damage" else math.nan),
+                "examples": examples_hash(task, examples),
+                "base": model_info(model).provenance.weights_sha256,
+            }
+            each.append(_require_same(PartScores.load(saved), saved, facts))
+            continue
+        asked: dict[str, Any] = {"arms": arms, "kind": kind, "examples": examples, "target": target, "seed": run.seed}
+        with (report or silent)(f"{prefix}{kind}, seed {run.seed}".replace("_", " ")) as progress:
+            each.append(score_parts(model, run, task, **asked, progress=progress))
+        if saved is not None:
+            each[-1].save(saved)
+    return join_parts(each)
 
 
 def _require_same(found: PartScores, folder: Path, asked: Mapping[str, Any]) -> PartScores:
@@ -211,6 +267,7 @@ def necessity_sufficiency_efficiency(
     task: Task,
     control_task: Task,
     *,
+    writing_task: Task | None = None,
     arms: Sequence[str] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     rank: int = 4,
@@ -226,6 +283,7 @@ def necessity_sufficiency_efficiency(
         model: a bridge in float32; it is as before afterwards.
         task: an affect task with training examples.
         control_task: one without affect.
+        writing_task: one of writing affect, for the claims about generation; not asked by default.
         arms: single modules or groups; the gate (where there is one), up, down and attention by default.
         seeds: one run of each arm per seed; at least two, or the landing has no interval.
         rank: of LoRA.
@@ -259,12 +317,16 @@ def necessity_sufficiency_efficiency(
     sized = runs("equal_size_runs", task, (*fitted, "random"), n_test=n_test, equal_size=True)
     equal_size = {a: sized[a] if a in sized else ranked[a] for a in (*chosen, "random", "all")}
     others = runs("control_runs", control_task, (*chosen, "all"))
+    written = runs("writing_runs", writing_task, (*chosen, "all")) if writing_task is not None else None
     return study_modules(
         *(model, task),
         equal_rank=ranked,
         equal_size=equal_size,
         controls={control_task.name: others["all"]},
         control=others,
+        control_task=control_task,
+        writing=written,
+        writing_task=writing_task,
         arms=chosen,
         examples=task.examples("test", n=n_test) if n_test else None,
         target=target,

@@ -1,5 +1,6 @@
 """The analyses run, use only public names, and their notebook copies are up to date and small."""
 
+import dataclasses
 import json
 import re
 import runpy
@@ -13,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lens_affect
 import lens_affect.models
 from lens_affect.models import load_model
-from tests.affect_data import write_goemotions
+from tests.affect_data import LABELS, write_goemotions
 from tests.planted_runs import campaign
 from tests.tiny import make_hf_model, make_tokenizer
 
@@ -130,24 +131,39 @@ def test_modules_reads_finished_runs_and_says_when_the_gate_is_special(monkeypat
 def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(monkeypatch, capsys, tmp_path):
     """The whole chain on a tiny model: first seed of every arm, a second start that trains nothing, and the page that reads them."""
     write_goemotions(tmp_path / "data")
+    monkeypatch.setattr("lens_affect.tasks.load_judge", LetterCounts)
     monkeypatch.setenv("LENS_AFFECT_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path))
     monkeypatch.setenv("LENS_AFFECT_QUICK", "1")
     names = runpy.run_path(str(ROOT / "analyses" / "tune_arms.py"))
-    blocks = ("equal", "landing", "parts", "bands", "study")
-    run, jobs = names["run"], [job for job in names["campaign"]() if job.block in blocks and job.seed == 0]
-    run.__globals__.update(STEPS=2, CHECK_EVERY=1, N_TEST=8, N_PARTS=8)
-    monkeypatch.setattr("lens_affect.damage.MOST_TRIALS", 2)
+    run, jobs, task_of = names["run"], [job for job in names["campaign"]() if job.seed == 0], names["task_of"]
+    run.__globals__.update(
+        STEPS=2, CHECK_EVERY=1, N_TEST=8, N_PARTS=8, DAMAGE=0.01, task_of=lambda name: shorter(task_of(name))
+    )
+    asked = names["options"]  # the tiny tokenizer makes some prompts longer than the 32 tokens of the real runs
+    run.__globals__.update(options=lambda job, model: asked(job, model) | {"max_tokens": 128})
+    monkeypatch.setattr("lens_affect.damage.MOST_TRIALS", 8)
     monkeypatch.setattr(lens_affect, "choose_rate", lambda *a, **k: 0.01, raising=False)
     model = load_model(make_hf_model("llama"), tokenizer=make_tokenizer())
     for job in jobs:
         run(model, job)
     folders = {path.name for path in (tmp_path / "tuning").glob("goemotions*-seed0")}
     assert folders == {job.name for job in jobs if job.name.startswith("goemotions")}
-    assert all((tmp_path / "tuning" / name / "adapter" / "adapter_config.json").is_file() for name in folders)
-    assert {path.name for path in (tmp_path / "tuning" / "study" / "seeds").iterdir()} == {
-        f"{job.modules}-seed{job.seed}" for job in jobs if job.block == "parts"
+    assert all(
+        (tmp_path / "tuning" / name / "adapter" / "adapter_config.json").is_file()
+        for name in folders
+        if "full" not in name
+    )
+    study = lens_affect.ModuleStudy.load(tmp_path / "tuning" / "study")
+    assert not [name for name in study.__dataclass_fields__ if getattr(study, name) is None]
+    assert len(list((tmp_path / "tuning" / "study" / "seeds").iterdir())) == sum(job.block == "parts" for job in jobs)
+    weights = {
+        job.block: lens_affect.Tuned.load(tmp_path / "tuning" / job.name / "tuned").arm.n_parameters
+        for job in jobs
+        if job.modules == "gate"
     }
+    assert weights["full"] == 3 * 32 * 48
+    assert weights["equal"] == 4 * weights["rank1"] == weights["topics"] == weights["writing"]
     assert "G1" in capsys.readouterr().out
 
     monkeypatch.setattr(lens_affect, "tune_module", None, raising=False)  # a second start would fail if it trained
@@ -155,9 +171,27 @@ def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(monkeyp
         run(model, job)
     runpy.run_path(str(ROOT / "analyses" / "05_modules.py"))
     printed = capsys.readouterr().out
-    assert "9 finished runs" in printed
-    assert "G4, reverted: " in printed
+    assert "30 finished runs" in printed
+    assert "G4, reverted, " in printed
     assert "next-token loss on texts without emotion" in printed
+
+
+def shorter(task):
+    """The same task with few texts to be scored on."""
+    return dataclasses.replace(task, splits=task.splits | {"test": task.splits["test"][:12]})
+
+
+class LetterCounts:
+    """A judge that calls a text by the emotion whose letters it holds most of."""
+
+    name, title, labels, multi_label = "letters", "letters", tuple(LABELS), False
+
+    def score(self, texts):
+        counts = [[sum(text.lower().count(x) for x in label) / len(label) for label in LABELS] for text in texts]
+        return torch.tensor(counts).softmax(-1)
+
+    def auc(self, emotion):
+        return float("nan")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)

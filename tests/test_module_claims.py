@@ -62,7 +62,7 @@ def test_an_arm_that_exploded_leaves_efficiency_open():
 
 def test_two_seeds_decide_nothing_about_tuned_models():
     shares = {"gate": 0.8, "up": 0.3, "down": 0.3, "attention": 0.3}
-    assert verdicts(study(transfer=planted_parts("transfer", shares, n=800, seeds=2)))["G2", "a task"] == OPEN
+    assert verdicts(study(transfer=planted_parts("transfer", shares, n=800, seeds=2)))["G2", "transferred"] == OPEN
     rates = {"gate": 0.58, "up": 0.45, "down": 0.45, "attention": 0.45, "all": 0.6}
     rows = module_rows(study(writing=table(rates, seeds=2)))
     assert next(r for r in rows if r["source"].startswith("writing"))["verdict"] == OPEN
@@ -74,6 +74,31 @@ def test_a_gate_that_is_as_special_without_affect_is_not_efficient_for_affect():
     assert found["G3", "equal rank"] == OPEN
     same = dict.fromkeys(("gate", "up", "down", "attention"), 0.5)
     assert verdicts(study(control=table({**same, "all": 0.6})))["G3", "equal rank"] == HOLDS
+
+
+def test_a_gate_that_is_as_special_without_affect_is_neither_sufficient_nor_necessary_for_affect():
+    shares = {"gate": 0.8, "up": 0.3, "down": 0.3, "attention": 0.3}
+    for kind, name, key in (
+        ("transfer", "control_transfer", ("G2", "transferred")),
+        ("revert", "control_revert", ("G4", "reverted")),
+    ):
+        assert verdicts(study(**{name: planted_parts(kind, shares, n=800)}))[key] == OPEN
+        alike = planted_parts(kind, dict.fromkeys(shares, 0.5), n=800)
+        assert verdicts(study(**{name: alike}))[key] == HOLDS
+        row = next(r for r in module_rows(study(**{name: alike})) if (r["id"], r["source"].split(",")[0]) == key)
+        assert "; in a task: up " in row["note"]
+
+
+def test_writing_has_rows_of_its_own():
+    shares = {"gate": 0.4, "up": 0.4, "down": 0.4, "attention": 0.8}
+    parts = {f"writing_{k}": replaced_title(planted_parts(k, shares, n=800)) for k in ("transfer", "revert")}
+    rows = {r["source"]: r["verdict"] for r in module_rows(study(**parts))}
+    assert rows["transferred, writing"] == rows["reverted, writing"] == FAILS
+    assert rows["transferred, a task"] == rows["reverted, a task"] == HOLDS
+
+
+def replaced_title(parts):
+    return dataclasses.replace(parts, title="writing")
 
 
 def test_a_control_with_one_seed_does_not_hide_what_the_others_say():
@@ -93,7 +118,7 @@ def test_a_gate_that_lands_like_a_control_fails():
 
 def test_a_special_gate_that_keeps_too_little_is_neither_sufficient_nor_efficient():
     found = verdicts(study(gate=0.4, siblings=0.25, share=0.3, others=0.1))
-    assert found["G2", "a task"] == FAILS
+    assert found["G2", "transferred"] == FAILS
     assert found["G3", "equal rank"] == FAILS
     assert found["G4", "reverted"] == FAILS
     assert found["G4", "equal damage"] == HOLDS  # nothing is said about a share there

@@ -18,11 +18,12 @@ def chain(tunable, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("chain")
     control = dataclasses.replace(TASK, name="other", affective=False)
+    writing = dataclasses.replace(TASK, name="written")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lens_affect.tuning, "RATE_STEPS", 1)
         patch.setattr(lens_affect.tuning, "MOST_TRIES", 1)
         patch.setattr("lens_affect.damage.MOST_TRIALS", 2)
-        found = necessity_sufficiency_efficiency(tunable, TASK, control, folder=folder, **OPTIONS)
+        found = necessity_sufficiency_efficiency(tunable, TASK, control, writing_task=writing, folder=folder, **OPTIONS)
     return found, folder, control
 
 
@@ -35,7 +36,9 @@ def test_every_part_of_the_chain_is_there(chain, unchanged):
     assert found.landing.runs == ("planted", "other")
     assert found.transfer.seeds == found.revert.seeds == (0, 1)
     assert found.transfer.arms == ("gate", "up", "attention")
-    assert found.control is not None
+    assert found.control.task == found.control_transfer.title
+    assert found.writing.n_examples == len(found.writing_revert.before)
+    assert found.control_revert.arms == found.writing_transfer.arms == ("gate", "up", "attention")
     assert "tuned alone, equal rank" in str(found)
 
 
@@ -79,10 +82,11 @@ def test_a_control_needs_a_name_of_its_own_and_old_parts_do_not_stay(tunable, ch
     run = found_run(chain[1])
     with pytest.raises(ValueError, match="own name"):
         study_modules(tunable, TASK, equal_rank={"all": [run]}, equal_size={"all": [run]}, controls={TASK.name: [run]})
-    whole = study(control=study().equal_rank)
+    whole = study(control=study().equal_rank, writing_transfer=study().transfer)
     whole.save(tmp_path / "s")
+    assert str(ModuleStudy.load(tmp_path / "s").writing_transfer) == str(whole.transfer)
     study().save(tmp_path / "s", overwrite=True)
-    assert ModuleStudy.load(tmp_path / "s").control is None
+    assert ModuleStudy.load(tmp_path / "s").control is ModuleStudy.load(tmp_path / "s").writing_transfer is None
 
 
 def test_a_study_without_everything_tuned_is_refused(tunable):
