@@ -24,11 +24,14 @@ import pandas as pd
 
 from lens_affect.gguf_reading import gguf_precision, reading_once
 from lens_affect.results import atomic_folder, content_hash, file_sha256, full_disk_explained, remove_abandoned
+from lens_affect.tokenizer_files import save_tokenizer
 
 log = logging.getLogger(__name__)
 
 CARD = "lens_affect.json"
 """Name of the file in a converted model's folder that says where its weights came from."""
+BY_FILE = "read by its file"
+"""In the card of a model whose tokenizer needs no class of its own."""
 
 
 @dataclass(frozen=True)
@@ -406,7 +409,8 @@ def convert_gguf(
         clean.generation_config = read.generation_config
         with atomic_folder(folder) as place:
             clean.save_pretrained(place)
-            tokenizer.save_pretrained(place)
+            if save_tokenizer(tokenizer, place):
+                card["tokenizer"] = BY_FILE
             (place / CARD).write_text(json.dumps(card, indent=1), encoding="utf-8")
     return folder
 

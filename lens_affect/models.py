@@ -30,9 +30,10 @@ from lens_affect.adapter import (
     set_model_info,
     update_provenance,
 )
-from lens_affect.catalogue import CATALOGUE, FetchError, converted_gguf, fetch, quiet_transformers, read_card
+from lens_affect.catalogue import BY_FILE, CATALOGUE, FetchError, converted_gguf, fetch, quiet_transformers, read_card
 from lens_affect.results import Provenance, git_state, package_versions
 from lens_affect.selfchecks import ensure_checked, reference_logits
+from lens_affect.tokenizer_files import read_tokenizer_file
 
 __all__ = ["LensModel", "load_model", "model_info"]
 
@@ -160,6 +161,8 @@ def _read_folder(
     }
     try:
         with quiet_transformers():
+            if tokenizer is None and read_card(Path(folder)).get("tokenizer") == BY_FILE:
+                tokenizer = read_tokenizer_file(Path(folder))
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder, **options)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     except (OSError, ValueError, SafetensorError) as error:

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import lens_affect
 from lens_affect import catalogue
 from lens_affect.catalogue import (
+    BY_FILE,
     CARD,
     CATALOGUE,
     CatalogueEntry,
@@ -187,6 +188,7 @@ def test_a_fetched_model_has_the_weights_and_the_tokenizer_of_the_file(entry, ti
         "sha256": entry.sha256,
         "precision": "Q8_0",
         "licence": "MIT",
+        "tokenizer": BY_FILE,
     }
     assert {name.split("/")[1] for name in kept(empty_cache)} == {folder.name}
 
