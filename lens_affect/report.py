@@ -254,7 +254,7 @@ def _steering(sweep: Sweep) -> list[dict[str, Any]]:
             "An emotion's direction is added at one layer in doses that are shares of the residual stream's norm. A text's perplexity is taken against the "
             "unsteered text of the same prompt, under the unsteered model; a cell is surgical where its texts are sound and an external classifier sees more of "
             "the target than under random directions of the same dose.",
-            *str(study).splitlines(),
+            *str(study).replace("_", " ").splitlines(),
         ]
         figures = [_html(plot_dose(study.dose, measure=m)) for m in ("perplexity_ratio", "repetition")]
         figures.append(_html(plot_regimes(study.regimes)))
@@ -268,6 +268,9 @@ def _steering(sweep: Sweep) -> list[dict[str, Any]]:
             tables.append(
                 f"<details><summary>Verification by strength</summary>{_round(study.verification.to_frame())}</details>"
             )
+        for found in study.boundaries:
+            words = f"Strengths tried on the way to the boundaries of {html.escape(found.emotion)}"
+            tables.append(f"<details><summary>{words}</summary>{_round(found.to_frame())}</details>")
         for part in (study.scripts, study.meaning):
             texts += str(part).splitlines() if part is not None else []
         sections.append(

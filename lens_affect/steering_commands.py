@@ -91,6 +91,9 @@ def regimes(
     languages: Annotated[
         bool, typer.Option("--languages", help="Also look at foreign tokens that the vectors raise.")
     ] = False,
+    bisect: Annotated[
+        str, typer.Option(help="Comma-separated emotions whose boundaries between regimes are searched by bisection.")
+    ] = "",
     tokens: Annotated[int, typer.Option(help="Longest text.")] = 48,
     run: Annotated[
         str, typer.Option(help="Folder of a sweep: its vectors are used, and the study goes into its report.")
@@ -141,6 +144,7 @@ def regimes(
                     strengths=doses,
                     scenarios=load_scenarios() if verify else None,
                     languages=languages,
+                    bisected=list(filter(None, bisect.split(","))),
                     n_tokens=tokens,
                     seed=seed,
                     progress=progress,

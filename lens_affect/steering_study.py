@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from lens_affect.adapter import LensModel
-from lens_affect.boundaries import compare_onsets
+from lens_affect.boundaries import RegimeBoundaries, compare_onsets, locate_boundaries
 from lens_affect.crosslingual import ScriptTable, script_entanglement
 from lens_affect.doses import UNSTEERED, DoseResponse, sweep_strengths
 from lens_affect.judgements import Judgement, judge_texts
@@ -40,6 +40,8 @@ PARTS: dict[str, type] = {
     "meaning": MeaningTable,
 }
 """Parts of a study, each a folder; those about scenarios and languages may be missing."""
+BOUNDARIES = "boundaries"
+"""Folder with one more part per emotion that was bisected."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class SteeringStudy:
     """Scripts of the tokens that the vectors raise, at the steered layer."""
     meaning: MeaningTable | None = None
     """Whether foreign tokens among them mean the emotion."""
+    boundaries: tuple[RegimeBoundaries, ...] = ()
+    """Strengths at which the regime of an emotion changes, by bisection, where that was asked."""
 
     def script_table(self) -> pd.DataFrame:
         """Scripts of the texts, dose by dose: kind, strength, then one column per script with its mean share of letters, texts_with_foreign (share of texts with a
@@ -98,6 +102,8 @@ class SteeringStudy:
             part = getattr(self, name)
             if part is not None:
                 part.save(Path(folder) / name, overwrite=overwrite)
+        for found in self.boundaries:
+            found.save(Path(folder) / BOUNDARIES / found.emotion, overwrite=overwrite)
         return Path(folder)
 
     @classmethod
@@ -113,7 +119,11 @@ class SteeringStudy:
             raise FileNotFoundError(
                 f"received {folder}, which has no {', '.join(missing)}; give a folder that study_steering saved"
             )
-        return cls(**{name: kind.load(Path(folder) / name) for name, kind in there.items()})
+        searched = sorted(path.parent for path in (Path(folder) / BOUNDARIES).glob("*/manifest.json"))
+        return cls(
+            **{name: kind.load(Path(folder) / name) for name, kind in there.items()},
+            boundaries=tuple(RegimeBoundaries.load(path) for path in searched),
+        )
 
     def __str__(self) -> str:
         lines = [str(self.regimes).splitlines()[0], str(self.regimes).splitlines()[1]]
@@ -121,6 +131,7 @@ class SteeringStudy:
             lines.append(str(compare_onsets({self.dose.provenance.title: self.dose})))
         if self.verification is not None:
             lines += str(self.verification).splitlines()[:2]
+        lines += map(str, self.boundaries)
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -140,6 +151,7 @@ def study_steering(
     verified_at: Sequence[float] = VERIFIED_AT,
     n_random: int = 5,
     languages: bool = False,
+    bisected: Sequence[str] = (),
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     **asked: Any,
@@ -158,6 +170,7 @@ def study_steering(
         verified_at: strengths on the scenarios; the first is the declared one.
         n_random: random directions per scenario.
         languages: also look at scripts and meaning of the tokens that the vectors raise.
+        bisected: emotions whose boundaries between regimes are located by bisection, with new texts at every strength tried.
         seed: of sampling and controls.
         progress: called with (texts done, texts in all) of the sweep that runs.
         asked: further options of sweep_strengths.
@@ -183,4 +196,8 @@ def study_steering(
     if languages:
         parts["scripts"] = script_entanglement(model, vectors, layer=dose.layers[-1])
         parts["meaning"] = foreign_meaning(model, vectors, layer=dose.layers[-1])
+    parts["boundaries"] = tuple(
+        locate_boundaries(model, vectors, prompts, emotion, judge=judge, layers=layers, seed=seed, **asked)
+        for emotion in bisected
+    )
     return SteeringStudy(**parts)

@@ -74,11 +74,13 @@ def test_regimes_prints_the_study_and_saves_its_parts(model_folder, finished, tm
     assert "which holds a study" in again.stderr
     printed = runner.invoke(app, [*command, "--out", str(tmp_path / "study"), "--resume"])
     assert printed.stdout.splitlines()[0] == done.stdout.splitlines()[0]
-    kept = runner.invoke(app, [*command, "--run", finished, "--json"])
+    kept = runner.invoke(app, [*command, "--run", finished, "--bisect", "happy", "--json"])
     assert kept.exit_code == 0, kept.output
     assert {row["strength"] for row in json.loads(kept.stdout)} == {0.2, 0.8}
     assert list(load_sweep(finished).steering) == ["neutral"]
-    assert "What happens when you push" in (Path(finished) / "report.html").read_text()
+    page = (Path(finished) / "report.html").read_text()
+    assert "What happens when you push" in page
+    assert "Strengths tried on the way to the boundaries of happy" in page
     unknown = runner.invoke(
         app, ["regimes", model_folder, "--judge", "my aunt", "--out", str(tmp_path / "x"), "--quiet"]
     )

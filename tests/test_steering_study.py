@@ -5,6 +5,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
+from lens_affect.boundaries import locate_boundaries
 from lens_affect.doses import UNSTEERED, sweep_strengths
 from lens_affect.judgements import judge_texts
 from lens_affect.judges import load_judge
@@ -24,7 +25,7 @@ def study(tiny_model):
     model = tiny_model("llama")
     return study_steering(
         model, vectors_of(model, EMOTIONS), load_judge("lexicon"), prompts=PROMPTS, emotions=["happy", "sad"], strengths=[0.2, 0.8],
-        scenarios=load_scenarios().select(emotions=["loving", "grateful"]), verified_at=(0.4,), n_random=2, languages=True, **ASKED,
+        scenarios=load_scenarios().select(emotions=["loving", "grateful"]), verified_at=(0.4,), n_random=2, languages=True, bisected=["sad"], **ASKED,
     )  # fmt: skip
 
 
@@ -42,6 +43,10 @@ def test_the_parts_are_those_of_single_calls(tiny_model, study):
     assert str(checked) == str(study.verification)
     assert study.verification is not None
     assert study.verification.n_random == 2
+    searched = locate_boundaries(model, vectors, PROMPTS, "sad", judge=judge, **ASKED)
+    assert [b.emotion for b in study.boundaries] == ["sad"]
+    pd.testing.assert_frame_equal(study.boundaries[0].table, searched.table)
+    assert str(searched) in str(study)
 
 
 def test_it_comes_back_from_disk_with_and_without_the_parts_that_may_miss(study, tmp_path):
