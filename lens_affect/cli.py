@@ -375,9 +375,12 @@ def doctor(
     """Run the self-checks of a model and print what they measured; exit code 1 if one fails."""
     with reporting_errors():
         from lens_affect.models import load_model
-        from lens_affect.selfchecks import check_model
+        from lens_affect.selfchecks import SelfCheckError, check_model
 
-        report = check_model(load_model(model))
+        try:
+            report = check_model(load_model(model))
+        except SelfCheckError as error:  # what failed is what was asked for
+            report = error.report
         if json:
             print(report.to_frame().to_json(orient="records", indent=1))
         else:

@@ -1,5 +1,6 @@
 """What a bag of words reaches on the same texts and splits: the bar that a model's vectors must clear."""
 
+import html
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +43,9 @@ class LexicalBar:
                 f"received a curve of {curve.score} over {curve.per_cluster.shape[0]} groups; the bar needs an accuracy over {len(self.per_cluster)}"
             )
         return mean_interval((curve.selected() - self.per_cluster).numpy())
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(str(self))}</p>"
 
     def __str__(self) -> str:
         return f"bag of words ({self.classifier}): held-out accuracy {self.accuracy:.3f} [{self.low:.3f}, {self.high:.3f}], {self.n_texts} texts"

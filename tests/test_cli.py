@@ -13,6 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from lens_affect.cli import app
+from lens_affect.selfchecks import Check, CheckReport
 from lens_affect.sweeps import load_sweep
 from tests.planted_modules import study
 from tests.test_sweeps import SMALL
@@ -56,11 +57,11 @@ def test_a_sweep_prints_the_headline_and_the_path_of_the_report(model_folder, tm
     ("arguments", "message"),
     [
         (["sweep", "smollm3"], "did you mean 'smollm2-135m-instruct'?"),
-        (["sweep", "gpt2", "--emotions", "awe"], "no stimulus is labelled 'awe'"),
+        (["sweep", "gpt2", "--emotions", "awe"], "received 'awe'; allowed labels are"),
         (["sweep", "gpt2", "--score", "beauty"], "allowed are ['nearest_mean'"),
         (["doctor", "no/where/model.gguf"], "which is not there"),
         (["sweep", "gpt2", "--stimuli", "nowhere.csv"], "allowed are 'passages'"),
-        (["explain", "gpt2", "A text.", "--emotion", "awe"], "no stimulus is labelled 'awe'"),
+        (["explain", "gpt2", "A text.", "--emotion", "awe"], "received 'awe'; allowed labels are"),
         (["explain", "gpt2", "A text.", "--emotion", "sad", "--vectors", "nowhere"], "holds no sweep"),
     ],
 )
@@ -95,6 +96,18 @@ def test_the_doctor_prints_a_table_of_checks(model_folder):
     assert "9 of 9 self-checks passed" in done.stdout
     rows = json.loads(runner.invoke(app, ["doctor", model_folder, "--json"]).stdout)
     assert all(row["outcome"] == "passed" for row in rows)
+
+
+def test_the_doctor_prints_every_check_of_a_model_that_is_not_read_correctly(model_folder, monkeypatch):
+    report = CheckReport(
+        "Tiny", (Check("good", "passed", "0", ""), Check("bad", "failed", "it is off by 3", "Do this."))
+    )
+    monkeypatch.setattr("lens_affect.selfchecks.check_model", lambda model: report)
+    done = runner.invoke(app, ["doctor", model_folder])
+    assert done.exit_code == 1
+    assert "1 of 2 self-checks passed" in done.stdout
+    assert "off by 3" in done.stdout
+    assert "bad: Do this." in done.stderr
 
 
 def test_the_scorecard_of_a_run_is_printed_with_its_verdicts(finished):

@@ -1,6 +1,8 @@
 """The bag-of-words bar: scikit-learn computes the same, and curves are compared with it topic by topic."""
 
+import re
 from dataclasses import replace
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -53,3 +55,11 @@ def test_a_curve_is_compared_with_the_bar_topic_by_topic(passages):
         ValueError, match=r"received a curve of dprime over 12 groups; the bar needs an accuracy over 12"
     ):
         bar.compare(localize(activations, score="dprime", n_permutations=0))
+
+
+def test_the_bar_of_our_passages_is_the_one_on_their_card(passages):
+    card = (files("lens_affect") / "data" / "passages.md").read_text(encoding="utf-8")
+    stated = re.search(r"bag of words, topics held out, 20 classes .* \| (\S+) \[(\S+), (\S+)\]", card)
+    found = lexical_bar(passages)
+    assert [found.accuracy, found.low, found.high] == pytest.approx([float(x) for x in stated.groups()], abs=0.02)
+    assert str(found) in found._repr_html_()

@@ -389,8 +389,8 @@ def test_rows_are_taken_in_the_order_asked_for(passages):
 @pytest.mark.parametrize(
     ("conditions", "message"),
     [
-        ({"emotions": ["happy", "hapy"]}, r"no stimulus is labelled 'hapy'; labels are \['happy', 'sad'"),
-        ({"groups": ["beach"]}, r"no stimulus is labelled 'beach'; groups are \['kitchen'"),
+        ({"emotions": ["happy", "hapy"]}, r"received 'hapy'; allowed labels are \['happy', 'sad'"),
+        ({"groups": ["beach"]}, r"received 'beach'; allowed groups are \['kitchen'"),
         ({"rows": [0, 276]}, r"row numbers up to 276; allowed are 0 to 275"),
         ({"rows": [-1]}, r"allowed are 0 to 275"),
         ({"emotions": []}, "no stimulus meets all conditions"),
@@ -453,7 +453,7 @@ def test_texts_without_a_partner_in_their_group_are_left_out():
 def test_pairs_that_cannot_be_made_are_refused(passages):
     with pytest.raises(ValueError, match=r"no group holds both 'a' and 'b'; pairs need texts that share a topic"):
         make("ab", "xy").contrast_pairs("a", "b")
-    with pytest.raises(ValueError, match="no stimulus is labelled 'awe'"):
+    with pytest.raises(ValueError, match="received 'awe'; allowed labels are"):
         passages.contrast_pairs("awe", "sad")
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lens_affect.sweeps import SweepSpec, load_sweep, make_spec, quick, run_sweep
+from lens_affect.nulls import p_text
+from lens_affect.sweeps import SweepSpec, _claim, load_sweep, make_spec, quick, run_sweep
 from tests.tiny import make_hf_model, make_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,10 +50,23 @@ def test_a_sweep_gives_a_curve_per_method_and_score_and_saves_them(finished):
     assert again.stories.counts == finished.stories.counts
 
 
+def test_a_spec_that_was_being_written_when_a_process_died_does_not_stand_in_the_way(tmp_path):
+    (tmp_path / ".spec.json.123.tmp").write_text("{")
+    _claim(tmp_path, make_spec(model="mine"), resume=True)
+    assert (tmp_path / "spec.json").is_file()
+    with pytest.raises(FileExistsError, match="go on with --resume"):
+        _claim(tmp_path, make_spec(model="mine"), resume=False)
+
+
 def test_the_headline_carries_interval_null_and_bar(finished):
     sentence = finished.headline("comprehension")
-    for part in ("3 emotions", "95 % interval", "shuffled labels", "bag-of-words bar", "permutations allow"):
-        assert part in sentence or part == "permutations allow"
+    for part in ("3 emotions", "95 % interval", "shuffled labels", "bag-of-words bar"):
+        assert part in sentence
+    curve = finished.curves["comprehension", "nearest_mean"]
+    p = p_text(float(curve.p_family[curve.row(curve.best_layer)]), curve.n_permutations)
+    assert p in sentence
+    smallest = p_text(1 / (curve.n_permutations + 1), curve.n_permutations)
+    assert smallest.endswith(f"the smallest that {curve.n_permutations} permutations allow")
     assert ("do not clear" in sentence) != ("vectors clear" in sentence)
 
 
@@ -119,7 +133,7 @@ def test_a_folder_with_other_files_is_refused(model_folder, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"emotions": ("happy", "awe")}, "no stimulus is labelled 'awe'; labels are"),
+        ({"emotions": ("happy", "awe")}, "received 'awe'; allowed labels are"),
         ({"scores": ("accuracy",)}, "received scores \\['accuracy'\\]; allowed are"),
         ({"colour": "red"}, "colour.*allowed keys are model, methods"),
         ({"n_stories": 0}, "n_stories = 0"),
