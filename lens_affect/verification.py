@@ -1,7 +1,7 @@
-"""Verification: does steering make a text express the emotion, and does a random push of the same size not?
+"""Verification: does steering make a text express the emotion, and does a random push of the same strength not?
 
 The paper's criterion asks only whether an external classifier's probability of the target rises above that of the unsteered text. A coin rises in
-half of the scenarios, so its count means nothing alone: here random directions of the same achieved change are judged by the same criterion on the same
+half of the scenarios, so its count means nothing alone: here random directions of the same strength are judged by the same criterion on the same
 scenarios, and the difference is the result. A strict criterion asks that the target becomes the emotion on top while the text stays sound.
 """
 
@@ -85,7 +85,8 @@ class Verification:
 
     def to_frame(self) -> pd.DataFrame:
         """One row per strength, criterion and pull (`all` first): successes, n, rate with Wilson limits, random (share of random directions that succeed),
-        difference with its 95 % limits over topics, gain (mean rise of the target's probability above random) with limits, n_without (no text to judge)."""
+        difference with its 95 % limits over topics, gain (mean rise of the target's probability above random) with limits, change and change_random (mean achieved change of the residual stream), n_without (no
+        text to judge)."""
         pulls = ["all", *(p for p in dict.fromkeys(self.table["pull"]) if p)]
         rows = []
         for strength in dict.fromkeys(self.table["strength"]):
@@ -111,7 +112,8 @@ class Verification:
         summary = self.to_frame()
         own = summary[(summary["strength"] == self.strength) & (summary["pull"] == "all")]
         lines = [
-            f"{self.provenance.title}, {self.name}, strength {self.strength:+g}, judge: {self.judge}, {self.n_random} random directions per scenario"
+            f"{self.provenance.title}, {self.name}, strength {self.strength:+g}, judge: {self.judge}, {self.n_random} random directions per scenario; achieved change "
+            f"{np.mean(own['change']):.2f}, random {np.mean(own['change_random']):.2f}"
         ]
         for row in pd.DataFrame(own).to_dict("records"):
             lines.append(
@@ -139,6 +141,7 @@ def _summary(rows: pd.DataFrame, criterion: str) -> dict[str, Any]:
     limits: Any = proportion_confint(successes, n, method="wilson") if n else (math.nan, math.nan)
     found |= {"rate": successes / n if n else math.nan, "low": float(limits[0]), "high": float(limits[1])}
     found["random"] = _mean(known[f"{criterion}_random"].to_numpy(float))
+    found |= {name: _mean(rows[name].to_numpy(float)) for name in ("change", "change_random")}
     groups = known["group"].tolist()
     effects = {
         "difference": known[criterion].to_numpy(float) - known[f"{criterion}_random"].to_numpy(float),
