@@ -112,5 +112,9 @@ def plot_learning(curves: pd.DataFrame, *, column: str = "validation_loss", titl
     heading = title or f"{best} ends lowest: {np.round(last[best], 3)}; bands: lowest to highest of up to {n} seeds"
     if title is None and column == "validation_exact":
         heading = heading.replace("lowest:", "highest:", 1)
-    set_layout(figure, heading, "training steps", column.replace("_", " "))
+    if column == "validation_loss":  # from ten nats to one and a half, and the arms differ at the end
+        set_layout(figure, heading, "training steps", "validation loss (nats, log scale)")
+        figure.update_yaxes(type="log", dtick="D2")
+    else:
+        set_layout(figure, heading, "training steps", column.replace("_", " "))
     return figure
