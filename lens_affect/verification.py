@@ -85,8 +85,8 @@ class Verification:
 
     def to_frame(self) -> pd.DataFrame:
         """One row per strength, criterion and pull (`all` first): successes, n, rate with Wilson limits, random (share of random directions that succeed),
-        difference with its 95 % limits over topics, gain (mean rise of the target's probability above random) with limits, change and change_random (mean achieved change of the residual stream), n_without (no
-        text to judge)."""
+        difference with its 95 % limits over topics, gain (mean rise of the target's probability above random) with limits, change and change_random (mean achieved change of the residual
+        stream), n_without (no text to judge)."""
         pulls = ["all", *(p for p in dict.fromkeys(self.table["pull"]) if p)]
         rows = []
         for strength in dict.fromkeys(self.table["strength"]):

@@ -58,6 +58,16 @@ def test_a_planted_effect_is_found_and_its_rate_has_a_wilson_interval():
     assert f"rises: {N_PROMPTS} of {N_PROMPTS}" in str(found)
 
 
+def test_the_change_that_steering_and_random_pushes_achieved_stands_beside_the_count():
+    dose = swept()
+    kind = dose.column("kind")
+    dose.table.loc[kind == "steered", "change"], dose.table.loc[kind == "random", "change"] = 0.2, 0.25
+    found = verify_steering(dose, judgement_of(dose, steered=0.5, random=0.0), thresholds=RULE)
+    assert found.to_frame()["change"].to_numpy() == pytest.approx(0.2)
+    assert found.to_frame()["change_random"].to_numpy() == pytest.approx(0.25)
+    assert "achieved change 0.20, random 0.25" in str(found)
+
+
 def test_a_push_that_raises_everything_is_no_success():
     """The paper's count alone would call it one: random directions raise the target as well."""
     dose = swept()
