@@ -2,7 +2,8 @@
 
 Every row of the batch is one text: a prompt, a direction and a strength. Rows of one prompt draw the same random numbers whatever their dose, so
 two texts differ by the dose alone. Each text is then read again by the unsteered model (perplexity) and by the steered one (KL, achieved
-change). Nothing is dropped: an empty text is counted and has no value.
+change), and controls are brought to the achieved change of the steered texts (pushed_texts). Nothing is dropped: an empty text is counted and has
+no value.
 """
 
 import html
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,13 +22,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_affect.adapter import Form, LensModel, encode_prompt, form_of, model_info, token_ids
-from lens_affect.generation import Generated, Intervention, Mode, Scope, generate
+from lens_affect.generation import Mode, Scope
+from lens_affect.pushed_texts import UNSTEERED, Planned, PushedText, Writer, plan_controls
 from lens_affect.repetition import compression_ratio, distinct_share, longest_loop, repetition_limits, repetition_share
 from lens_affect.results import Provenance, Stopwatch, content_hash, load_result, save_result
 from lens_affect.scenarios import Scenarios
-from lens_affect.scoring import TextScores, score_texts
-from lens_affect.statistics import cluster_means, derive_generator, mean_interval
-from lens_affect.steering import calibrate, check_strength, choose_layers, require_steerable, residual_norms
+from lens_affect.scoring import score_texts
+from lens_affect.statistics import cluster_means, mean_interval
+from lens_affect.steering import check_strength, choose_layers, require_steerable, residual_norms
 from lens_affect.stimuli import NEUTRAL, load_stimuli
 from lens_affect.vectors import EmotionVectors
 
@@ -38,8 +40,6 @@ CONTROLS = {
     "other_emotion": "the direction of another emotion, drawn per prompt",
 }
 """What stands beside the emotion's own direction, at the same achieved change."""
-UNSTEERED = ("unsteered", "unsteered_again")
-"""Two samples of every prompt without steering: the second says how far two texts differ by chance."""
 MEASURES = (
     "perplexity_ratio",
     "repetition",
@@ -54,8 +54,6 @@ MEASURES = (
 """What is averaged over the texts of a cell; the ratio is a geometric mean."""
 ROWS_AT_ONCE = 96
 """Texts per batch: more are hardly faster on a CPU."""
-CALIBRATION_TEXTS = 8
-"""Unsteered texts on which the strength of several layers is set."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class DoseResponse:
 
     table: pd.DataFrame
     """One row per text: kind (`steered`, a control, or one of UNSTEERED), emotion (target; empty where there is none), vector (whose direction), strength,
-    scale (what the norms were multiplied with: the strength, or what calibrate found for several layers), prompt (number), group, text, n_tokens, finished,
+    scale (what the norms were multiplied with: the strength, or what was found for several layers and for controls at equal change), prompt (number), group, text, n_tokens, finished,
     finite, nll (mean per token, nats), nll_unsteered (of the unsteered text of the same prompt), repetition, longest_loop, compression, distinct_1,
     distinct_2, kl, change."""
     tokens: Int[Tensor, "text position"]
@@ -132,6 +130,20 @@ class DoseResponse:
         plain = self.repeats[np.isin(self.column("kind"), UNSTEERED)]
         return float(np.nanmean(plain)) if np.isfinite(plain).any() else math.nan
 
+    @property
+    def unequal(self) -> float:
+        """Largest relative deviation of a control's achieved change from that of the steered texts beside it; NaN without controls."""
+        change, cells = self.column("change").astype(float), self.cells()
+        found = []
+        for kind, emotion, strength in cells:
+            if kind in CONTROLS:
+                beside = [c for c in cells if c[0] == "steered" and c[2] == strength and emotion in ("", c[1])]
+                wanted = np.concatenate([change[cells[c]] for c in beside])
+                achieved = change[cells[kind, emotion, strength]]
+                if np.isfinite(wanted).any() and np.isfinite(achieved).any() and np.nanmean(wanted):
+                    found.append(abs(np.nanmean(achieved) / np.nanmean(wanted) - 1))
+        return float(max(found, default=math.nan))
+
     def cells(self) -> dict[tuple[str, str, float], Int[np.ndarray, " row"]]:
         """Rows of the table by (kind, emotion, strength), in order of appearance."""
         found: dict[tuple[str, str, float], list[int]] = {}
@@ -176,12 +188,16 @@ class DoseResponse:
             ratio = math.exp(log_ratio[known].mean()) if known.any() else math.nan
             repeated = repetition[rows & np.isfinite(repetition)]
             parts.append(f"{strength:+g}: {ratio:.2f}, {repeated.mean() if len(repeated) else math.nan:.2f}")
+        moved = self.column("change").astype(float)[self.column("kind") == "steered"]
+        moved = moved[np.isfinite(moved)]
         layers = f"layer {self.layers[0]}" if len(self.layers) == 1 else f"layers {self.layers[0]} to {self.layers[-1]}"
         n_empty = int((self.column("n_tokens") == 0).sum())
+        equal = "" if math.isnan(self.unequal) else f"; controls move it as far to {100 * self.unequal:.0f} %"
         return (
             f"{self.provenance.title}, {self.name}: {len(self.emotions)} emotions x {len(self.strengths)} strengths at {layers}, "
             f"{len(self.prompts)} prompts of up to {self.longest} tokens, {len(self.table)} texts, {n_empty} empty\n"
             f"strength: perplexity ratio, repeated 3-grams: {'; '.join(parts)}\n"
+            f"the residual stream changes by up to {moved.max() if len(moved) else math.nan:.2f} of itself{equal}\n"
             f"without steering {self.base_rate:.2f} of the texts repeat more than 99 % of ordinary prose does"
         )
 
@@ -192,14 +208,6 @@ class DoseResponse:
         return (
             f"<p>{html.escape(str(self)).replace(chr(10), '<br>')}</p>{cells.round(3).to_html(index=False, border=0)}"
         )
-
-
-class _Row(NamedTuple):
-    kind: str
-    emotion: str
-    vector: str
-    strength: float
-    prompt: int
 
 
 def sweep_strengths(
@@ -230,9 +238,9 @@ def sweep_strengths(
         vectors: directions of this model, read at resid_post.
         prompts: scenarios (requests for chat models, openings for base models), or texts.
         emotions: targets, of the vectors' emotions: every prompt is steered to each. None steers each scenario to its own target.
-        layers: one block, several (each strength is calibrated so that the last one's output changes by it), or None for the middle one.
+        layers: one block, several (doses are searched for so that the last one's output changes by the strength), or None for the middle one.
         strengths: shares of the residual norm, none of them 0; AUTO_STRENGTHS by default.
-        controls: names from CONTROLS.
+        controls: names from CONTROLS; each is written anew until its texts change the stream as much as the steered ones, to 5 %.
         n_random: random directions per prompt.
         scope: `response`, `prompt` or `all`.
         mode: `add` or `clamp`.
@@ -243,7 +251,7 @@ def sweep_strengths(
         top_p: nucleus.
         seed: of sampling and of controls.
         rows_at_once: texts per batch.
-        progress: called with (texts done, texts in all).
+        progress: called with (texts done, texts in all, which grows where controls are written anew).
 
     Raises:
         ValueError: no prompt, an unknown emotion, layer or control, prompts without targets and no emotions, a strength that makes no sense,
@@ -266,22 +274,15 @@ def sweep_strengths(
     chosen = choose_layers(layers, int(model.cfg.n_layers))
     targets = _targets(prompts, emotions, len(texts))
     _check(model, vectors, texts, targets, doses, controls, n_random, mode)
-    writer = _Writer(model, vectors, texts, chosen, scope, mode, chosen_form, seed)
     sampling: dict[str, Any] = {"max_new_tokens": n_tokens, "temperature": temperature, "top_p": top_p}
-    rows = [_Row(kind, "", "", 0.0, p) for kind in UNSTEERED for p in range(len(texts))]
-    plain = writer.write(rows, sampling, rows_at_once, progress, (0, 1))
-    writer.reference = plain[: len(texts)]
-    rows = _planned(targets, doses, controls, n_random, vectors.emotions, seed)
-    total = len(rows) + len(plain)
-    written = [*plain, *writer.write(rows, sampling, rows_at_once, progress, (len(plain), total))]
-    heads = [encode_prompt(model, text, form=chosen_form)[0] for text in texts]
-    scores = score_texts(
-        model,
-        [heads[w.row.prompt] for w in written],
-        [w.tokens for w in written],
-        interventions=writer.interventions(written),
-    )
-    table = _measured(written, scores, groups)
+    writer = Writer(*(model, vectors, texts, chosen, scope, mode, chosen_form, seed, sampling, rows_at_once, progress))
+    plain = [Planned(kind, "", "", 0.0, p) for kind in UNSTEERED for p in range(len(texts))]
+    pushed = plan_controls(targets, doses, controls, n_random, vectors.emotions, seed)
+    writer.expected = len(plain) + len(pushed)
+    written = writer.write(plain)
+    writer.reference = written[: len(texts)]
+    written += writer.write_equal(pushed)
+    table = _measured(written, groups)
     unit = _add_perplexity(table, written, texts, model, scorer, chosen_form)
     return DoseResponse(
         table=table,
@@ -351,161 +352,24 @@ def _check(
     require_steerable(model, vectors)
 
 
-def _planned(
-    targets: Sequence[Sequence[str]],
-    doses: Sequence[float],
-    controls: Sequence[str],
-    n_random: int,
-    known: Sequence[str],
-    seed: int,
-) -> list[_Row]:
-    emotions = dict.fromkeys(e for of_prompt in targets for e in of_prompt)
-    asked = [(e, p) for e in emotions for p in range(len(targets)) if e in targets[p]]
-    rows = [_Row("steered", e, e, s, p) for s in doses for e, p in asked]
-    if "random" in controls:
-        # The first direction of a prompt has the prompt's own number, so asking for more changes none of those before.
-        names = [(p, f"random {p}" + (f".{k}" if k else "")) for k in range(n_random) for p in range(len(targets))]
-        rows += [_Row("random", "", name, s, p) for s in doses for p, name in names]
-    if "other_emotion" in controls:
-        others = {e: [o for o in known if o not in (e, NEUTRAL)] for e in emotions}
-        drawn = {
-            e: derive_generator(seed, "other emotion", e).integers(0, len(others[e]), len(targets)) for e in emotions
-        }
-        rows += [_Row("other_emotion", e, others[e][drawn[e][p]], s, p) for s in doses for e, p in asked]
-    return rows
-
-
-class _Written(NamedTuple):
-    row: _Row
-    text: str
-    tokens: tuple[int, ...]
-    finished: bool
-    finite: bool
-    scale: float
-    vectors: Tensor
-    """What was added at each layer, `[layer, d_model]`; empty without steering."""
-
-
-class _Writer:
-    """Generates rows in batches, each with its own direction and strength."""
-
-    def __init__(
-        self,
-        model: LensModel,
-        vectors: EmotionVectors,
-        prompts: Sequence[str],
-        layers: tuple[int, ...],
-        scope: Scope,
-        mode: Mode,
-        form: Form,
-        seed: int,
-    ) -> None:
-        self.model, self.vectors, self.prompts, self.layers = model, vectors, prompts, layers
-        self.scope: Scope = scope
-        self.mode: Mode = mode
-        self.form: Form = form
-        self.seed = seed
-        self.norms = residual_norms(model)[list(layers)]
-        self.reference: list[_Written] = []
-        self._scales: dict[tuple[str, float], float] = {}
-
-    def write(
-        self,
-        rows: Sequence[_Row],
-        sampling: dict[str, Any],
-        rows_at_once: int,
-        progress: Callable[[int, int], None] | None,
-        done: tuple[int, int],
-    ) -> list[_Written]:
-        """Texts of these rows. Rows of one prompt and kind of sample share their random numbers."""
-        found: list[_Written] = []
-        for start in range(0, len(rows), rows_at_once):
-            part = list(rows[start : start + rows_at_once])
-            added = [self._added(row) for row in part]
-            text = generate(
-                self.model,
-                [self.prompts[row.prompt] for row in part],
-                interventions=self._interventions([v for _, v in added]),
-                row_seeds=[f"{row.prompt}{' again' if row.kind == 'unsteered_again' else ''}" for row in part],
-                form=self.form,
-                seed=self.seed,
-                **sampling,
-            )
-            found += [_written(text, i, row, *added[i]) for i, row in enumerate(part)]
-            if progress and done[1] > 1:
-                progress(done[0] + len(found), done[1])
-        return found
-
-    def interventions(self, written: Sequence[_Written]) -> list[Intervention]:
-        """What was added to each of these texts while they were written."""
-        return self._interventions([w.vectors for w in written])
-
-    def _interventions(self, added: Sequence[Tensor]) -> list[Intervention]:
-        rows = tuple(i for i, v in enumerate(added) if len(v))
-        if not rows:
-            return []
-        vectors = torch.stack([added[i] for i in rows])
-        return [
-            Intervention(layer, "resid_post", vectors[:, k], self.mode, self.scope, rows)
-            for k, layer in enumerate(self.layers)
-        ]
-
-    def _added(self, row: _Row) -> tuple[float, Tensor]:
-        if row.kind in UNSTEERED:
-            return 0.0, torch.empty(0)
-        if row.kind == "random":
-            width = self.vectors.directions.shape[-1]
-            drawn = derive_generator(self.seed, "random direction", row.vector).standard_normal(width)
-            unit = torch.from_numpy(drawn / np.linalg.norm(drawn)).float().expand(len(self.layers), -1)
-        else:
-            unit = torch.stack([self.vectors.vector(row.vector, layer) for layer in self.layers])
-        # One calibration serves all random directions: they differ by chance only.
-        key = ("random" if row.kind == "random" else row.vector, row.strength)
-        if key not in self._scales:
-            self._scales[key] = self._calibrated(unit, row.strength)
-        return self._scales[key], self._scales[key] * self.norms[:, None] * unit
-
-    def _calibrated(self, unit: Float[Tensor, "layer d_model"], strength: float) -> float:
-        if len(self.layers) == 1:
-            return strength
-        texts = [w for w in self.reference if w.tokens][:CALIBRATION_TEXTS]
-        if not texts:
-            raise ValueError(
-                "every unsteered text is empty, so several layers cannot be calibrated; use one layer, or other prompts"
-            )
-        heads = [encode_prompt(self.model, self.prompts[w.row.prompt], form=self.form)[0] for w in texts]
-        lengths = [len(h) + len(w.tokens) for h, w in zip(heads, texts, strict=True)]
-        tokens = torch.zeros(len(texts), max(lengths), dtype=torch.long)
-        for i, (head, one) in enumerate(zip(heads, texts, strict=True)):
-            tokens[i, : lengths[i]] = torch.tensor([*head, *one.tokens])
-        place = torch.arange(tokens.shape[1])
-        mask = place < torch.tensor(lengths)[:, None]
-        responses = mask & (place >= torch.tensor([len(h) for h in heads])[:, None])
-        return calibrate(self.model, unit, self.layers, strength, tokens, mask.long(), responses)
-
-
-def _written(text: Generated, i: int, row: _Row, scale: float, vectors: Tensor) -> _Written:
-    return _Written(row, text.texts[i], text.tokens[i], text.finished[i], text.finite[i], scale, vectors)
-
-
-def _measured(written: Sequence[_Written], scores: TextScores, groups: Sequence[str]) -> pd.DataFrame:
+def _measured(written: Sequence[PushedText], groups: Sequence[str]) -> pd.DataFrame:
     rows = []
-    for i, one in enumerate(written):
+    for one in written:
         row = one.row._asdict() | {
             "scale": one.scale,
             "group": groups[one.row.prompt],
             "text": one.text,
             "n_tokens": len(one.tokens),
         }
-        row |= {"finished": one.finished, "finite": one.finite, "nll": float(scores.nll[i]), "nll_unsteered": math.nan}
+        row |= {"finished": one.finished, "finite": one.finite, "nll": one.nll, "nll_unsteered": math.nan}
         row |= {
             "repetition": repetition_share(one.tokens),
             "longest_loop": longest_loop(one.tokens),
             "compression": compression_ratio(one.text),
             "distinct_1": distinct_share(one.tokens, n=1),
             "distinct_2": distinct_share(one.tokens, n=2),
-            "kl": float(scores.kl[i]),
-            "change": float(scores.change[i]),
+            "kl": one.kl,
+            "change": one.change,
         }
         rows.append(row)
     return pd.DataFrame(rows)
@@ -513,7 +377,7 @@ def _measured(written: Sequence[_Written], scores: TextScores, groups: Sequence[
 
 def _add_perplexity(
     table: pd.DataFrame,
-    written: Sequence[_Written],
+    written: Sequence[PushedText],
     prompts: Sequence[str],
     model: LensModel,
     scorer: LensModel | None,

@@ -33,6 +33,10 @@ from lens_affect.statistics import derive_generator
 
 Scope = Literal["response", "prompt", "all"]
 Mode = Literal["add", "ablate", "clamp"]
+CANDIDATES = 128
+"""Likeliest tokens among which the nucleus is looked for first."""
+FLAT_ROWS = 128
+"""Rows whose nucleus is larger than that, at once."""
 
 
 @dataclass(frozen=True)
@@ -254,24 +258,47 @@ def sample(
         top_p: the smallest set of likeliest tokens with at least this probability (Holtzman et al., 2019, arXiv:1904.09751).
     """
     scaled = logits.float() / temperature
-    total = scaled.logsumexp(-1, keepdim=True)
-    n_candidates = 128
-    while True:  # sorting the whole vocabulary for every token costs as much as the forward pass of a small model
-        n_candidates = min(n_candidates, logits.shape[-1])
-        top, order = scaled.topk(n_candidates, dim=-1)
-        probabilities = (top - total).exp()
-        cumulative = probabilities.cumsum(-1)
-        if n_candidates == logits.shape[-1] or bool((cumulative[:, -1] >= top_p).all()):
-            break
-        n_candidates *= 8
-    kept = probabilities * (cumulative - probabilities < top_p)
+    log_total = scaled.logsumexp(-1, keepdim=True)
+    # The likeliest tokens nearly always hold the nucleus; sorting the whole vocabulary costs more than the forward pass of a small model.
+    top, tokens = scaled.topk(min(CANDIDATES, logits.shape[-1]), dim=-1)
+    probabilities = (top - log_total).exp()
+    cumulative = probabilities.cumsum(-1)
     # The ladder goes up the token numbers: going down the probabilities, a rounding error would swap near-ties and change the draw.
-    tokens, by_number = order.sort(dim=-1)
-    ladder = kept.gather(-1, by_number).cumsum(-1)
-    target = uniform.to(ladder)[:, None] * ladder[:, -1:]
-    last = (ladder < ladder[:, -1:]).sum(-1)
-    place = torch.minimum((ladder <= target).sum(-1), last)
-    return tokens.gather(-1, place[:, None])[:, 0]
+    tokens, by_number = tokens.sort(dim=-1)
+    chosen = _draw((probabilities * (cumulative - probabilities < top_p)).gather(-1, by_number), uniform)
+    found = tokens.gather(-1, chosen[:, None])[:, 0]
+    flat = (cumulative[:, -1] < top_p).nonzero()[:, 0]
+    for rows in flat.split(FLAT_ROWS) if top.shape[-1] < logits.shape[-1] else ():
+        probabilities = (scaled[rows] - log_total[rows]).exp()
+        found[rows] = _draw(probabilities * (probabilities >= _nucleus(probabilities, top_p)), uniform[rows])
+    return found
+
+
+def _draw(weights: Float[Tensor, "row place"], uniform: Float[Tensor, " row"]) -> Int[Tensor, " row"]:
+    ladder = weights.cumsum(-1)
+    total = ladder[:, -1:].contiguous()
+    last = torch.searchsorted(ladder, total)  # of the places with a weight: a number just below 1 must not go beyond
+    place = torch.searchsorted(ladder, uniform.to(ladder)[:, None] * total, right=True)
+    return torch.minimum(place, last)[:, 0].clamp(max=weights.shape[-1] - 1)  # which NaN would exceed
+
+
+def _nucleus(probabilities: Float[Tensor, "row vocab"], top_p: float) -> Float[Tensor, "row one"]:
+    """Smallest probability in each row's nucleus. Positive numbers are ordered as their bits are: ten of these at a time, from the highest, say how much
+    probability lies above (a radix selection, which reads a row three times and sorts nothing)."""
+    bits = probabilities.view(torch.int32)
+    found = torch.zeros(len(bits), 1, dtype=torch.int32, device=bits.device)
+    above = torch.zeros(
+        len(bits), 1, dtype=probabilities.dtype, device=bits.device
+    )  # probability of what is larger than `found`
+    for shift in (20, 10, 0):
+        inside = probabilities if shift == 20 else probabilities * (bits >> shift + 10 == found >> shift + 10)
+        mass = torch.zeros(len(bits), 1024, dtype=probabilities.dtype, device=bits.device)
+        mass.scatter_add_(1, (bits >> shift & 1023).long(), inside)
+        from_here = above + mass.flip(-1).cumsum(-1).flip(-1)
+        digit = ((from_here >= top_p).sum(-1, keepdim=True) - 1).clamp(min=0)
+        above = from_here.gather(1, digit) - mass.gather(1, digit)
+        found += digit.int() << shift
+    return found.view(torch.float32)
 
 
 class _Batch:
@@ -335,6 +362,24 @@ def _hooks(model: LensModel, interventions: Sequence[Intervention], state: _Batc
 def in_scope(scope: Scope, response: Bool[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
     """Which positions an intervention changes, by which ones predict a response token."""
     return torch.ones_like(response) if scope == "all" else response if scope == "response" else ~response
+
+
+def measured_positions(
+    scope: Scope, place: Int[Tensor, " position"], first: Int[Tensor, "row one"], real: Bool[Tensor, "row position"]
+) -> Bool[Tensor, "row position"]:
+    """Where the achieved change of the residual stream is taken: at response tokens.
+
+    Steering of the prompt alone leaves the stream at response tokens as it was up to the last steered block, so there it is taken at the prompt's steered
+    positions, without the first, which is the attention sink.
+
+    Args:
+        scope: of the intervention.
+        place: numbers of the positions.
+        first: of each row's first response token.
+        real: which positions hold a token.
+    """
+    inside = (place >= 1) & (place < first - 1) if scope == "prompt" else place >= first
+    return inside & real
 
 
 def _edit(change: Intervention, state: _Batch) -> Callable[..., Tensor | None]:

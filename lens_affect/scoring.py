@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_affect.adapter import LensModel, add_hooks, context_window, device_of, pad_token_id, run_trunk
-from lens_affect.generation import Intervention, change_along, in_scope
+from lens_affect.generation import Intervention, Scope, change_along, in_scope, measured_positions
 from lens_affect.prefixes import read_prefix
 from lens_affect.recording import BATCH_TOKENS, slices, unembed
 from lens_affect.sites import resolve_site
@@ -29,7 +29,8 @@ class TextScores:
     kl: Float[Tensor, " text"]
     """KL divergence of the steered next-word distribution from the unsteered one, mean per response token, nats; 0 without interventions."""
     change: Float[Tensor, " text"]
-    """|x' - x| / |x| at the output of the last steered layer, mean over response tokens; 0 without interventions."""
+    """|x' - x| / |x| at the output of the last steered layer, mean over response tokens (over the prompt's steered ones where only the prompt is steered:
+    generation.measured_positions; NaN where there is none); 0 without interventions."""
     n_tokens: Int[Tensor, " text"]
     """Response tokens."""
 
@@ -132,6 +133,8 @@ class _Reader:
         hooks.append((post.at(n_layers - 1), self._keep("final")))
         self._hooks = hooks
         self._shares = all(c.scope == "response" for c in interventions)
+        prompts_only = bool(interventions) and all(c.scope == "prompt" for c in interventions)
+        self._measured_scope: Scope = "prompt" if prompts_only else "response"
         self._rows: list[int] = []
         self._response = torch.empty(0)
         self._real = torch.empty(0)
@@ -189,8 +192,9 @@ class _Reader:
         place = torch.arange(tokens.shape[1])
         real = place < lengths
         predicting = (place >= first - 1) & (place < lengths - 1)
+        measured = measured_positions(self._measured_scope, place, first, real)
         self._rows, self._response, self._real = rows, (place >= first - 1).to(device), real.to(device)
-        self._taken = {"final": predicting.to(device), "changed": ((place >= first) & real).to(device)}
+        self._taken = {"final": predicting.to(device), "changed": measured.to(device)}
         mask = real.long().to(device)
         for steered in (False, True) if self._interventions else (False,):
             self.steered = steered
@@ -203,12 +207,13 @@ class _Reader:
         following = tokens[:, 1:][predicting[:, :-1]].to(device)
         nll, kl = self._compare(following)
         if self._last is None:
-            change = torch.zeros_like(nll)
+            changed = torch.zeros(len(rows))
         else:
             plain, steered = (self._seen["changed", s].float() for s in (False, True))
             change = ((steered - plain).norm(dim=-1) / plain.norm(dim=-1)).cpu()
+            changed = _mean_by(torch.arange(len(rows))[:, None].expand_as(measured)[measured], change, len(rows))
         self._seen.clear()
-        return {name: _mean_by(owner, x, len(rows)) for name, x in (("nll", nll), ("kl", kl), ("change", change))}
+        return {"nll": _mean_by(owner, nll, len(rows)), "kl": _mean_by(owner, kl, len(rows)), "change": changed}
 
     def _compare(self, following: Int[Tensor, " token"]) -> tuple[Float[Tensor, " token"], Float[Tensor, " token"]]:
         """nll of each following token, and KL of the two distributions it comes from; a part of the vocabulary's rows at a time."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lens_affect.activations import DEFAULT_BATCH_TOKENS, SINK_RATIO
@@ -29,7 +29,7 @@ from lens_affect.adapter import (
     pad_token_id,
     run_trunk,
 )
-from lens_affect.generation import Intervention, Mode, Scope, change_along, in_scope
+from lens_affect.generation import Intervention, Mode, Scope, change_along, in_scope, measured_positions
 from lens_affect.sites import resolve_site
 from lens_affect.stimuli import NEUTRAL, load_stimuli
 from lens_affect.vectors import EmotionVectors
@@ -260,10 +260,11 @@ def calibrate(
     directions: Float[Tensor, "layer d_model"],
     layers: Sequence[int],
     target: float,
-    tokens: Int[Tensor, "row position"],
-    mask: Int[Tensor, "row position"],
-    responses: Bool[Tensor, "row position"],
+    heads: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
     *,
+    scope: Scope = "response",
+    mode: Mode = "add",
     precision: float = 0.05,
 ) -> float:
     """The strength at which vectors at several layers move the output of the last one by `target` of its norm, by bisection.
@@ -274,33 +275,43 @@ def calibrate(
         model: what is steered.
         directions: unit vectors, one per layer.
         layers: their blocks, in order.
-        target: achieved change: mean over response positions of |x' - x| / |x|.
-        tokens: texts to measure on, padded on the right.
-        mask: 1 where a token is real.
-        responses: positions that are steered and measured.
+        target: achieved change: mean over measured positions (generation.measured_positions) of |x' - x| / |x|.
+        heads: tokens of each prompt, special ones included, of texts to measure on.
+        responses: tokens of each response.
+        scope: `response`, `prompt` or `all`.
+        mode: `add` or `clamp`.
         precision: allowed relative deviation from the target.
 
     Raises:
-        ValueError: the target is not reached below STRENGTH_LIMIT.
+        ValueError: the target is not reached below STRENGTH_LIMIT, or any strength moves further (clamping does away with what was there).
     """
     if len(layers) == 1 or target == 0:
         return target
     site, norms = resolve_site(model, "resid_post"), residual_norms(model)
+    lengths = torch.tensor([len(h) + len(r) for h, r in zip(heads, responses, strict=True)])[:, None]
+    first = torch.tensor([len(h) for h in heads])[:, None]
+    tokens = torch.zeros(len(heads), int(lengths.max()), dtype=torch.long)
+    for i, (head, response) in enumerate(zip(heads, responses, strict=True)):
+        tokens[i, : lengths[i]] = torch.tensor([*head, *response])
+    place, device = torch.arange(tokens.shape[1]), device_of(model)
+    real = place < lengths
+    steered = (in_scope(scope, place >= first - 1) & real)[:, :, None].to(device)
+    measured = measured_positions(scope, place, first, real).to(device)
     kept: list[Tensor] = []
 
     def stream(strength: float) -> Tensor:
         def edit(vector: Tensor) -> Callable[..., Tensor]:
-            return lambda value, hook=None: torch.where(responses[:, :, None], value + vector.to(value), value)
+            return lambda value, hook=None: torch.where(steered, change_along(value, vector.to(value), mode), value)
 
         def keep(value: Tensor, hook: Any = None) -> None:
-            kept.append(value[responses].float())
+            kept.append(value[measured].float())
 
-        lengths = strength * norms[list(layers)]
+        doses = strength * norms[list(layers)]
         hooks: list[Any] = [
-            (site.at(layer), edit(v * n)) for layer, v, n in zip(layers, directions, lengths, strict=True)
+            (site.at(layer), edit(v * n)) for layer, v, n in zip(layers, directions, doses, strict=True)
         ]
         with add_hooks(model, [*(hooks if strength else []), (site.at(layers[-1]), keep)]):
-            run_trunk(model, tokens, mask)
+            run_trunk(model, tokens.to(device), real.long().to(device))
         return kept.pop()
 
     base = stream(0.0)
@@ -319,6 +330,11 @@ def calibrate(
     while True:
         middle = (low + high) / 2
         found = achieved(sign * middle)
-        if abs(found - wanted) <= precision * wanted or high - low < 1e-6:
+        if abs(found - wanted) <= precision * wanted:
             return sign * middle
+        if high - low < 1e-6:
+            raise ValueError(
+                f"received a target change of {target} over layers {list(layers)}; with mode={mode!r} even the smallest strength moves the stream by "
+                f"{found:.3g}: raise it, or use mode='add'"
+            )
         low, high = (middle, high) if found < wanted else (low, middle)

@@ -157,6 +157,24 @@ def test_a_rounding_error_in_the_logits_changes_hardly_any_draw():
     assert (a != b).float().mean() < 0.01
 
 
+def test_a_flat_row_beside_peaked_ones_draws_as_alone_and_equal_tokens_stay_in_together():
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.standard_normal((4, 5000)).astype(np.float32))
+    logits[1:3] *= 20  # two peaked rows between two flat ones
+    uniform = torch.from_numpy(rng.random((50, 4)))
+    for numbers in uniform:
+        together = sample(logits, numbers, temperature=0.7, top_p=0.95)
+        alone = [sample(logits[i : i + 1], numbers[i : i + 1], temperature=0.7, top_p=0.95) for i in range(4)]
+        assert torch.equal(together, torch.cat(alone))
+    equal = sample(torch.zeros(1000, 300), torch.linspace(0, 0.9999, 1000), temperature=1.0, top_p=0.5)
+    assert len(equal.unique()) == 300
+
+
+def test_logits_that_are_not_numbers_still_give_a_token():
+    found = sample(torch.full((2, 300), torch.nan), torch.tensor([0.1, 0.9]), temperature=1.0, top_p=0.5)
+    assert ((found >= 0) & (found < 300)).all()
+
+
 def test_the_largest_uniform_number_still_draws_from_the_nucleus():
     assert draws([0.5, 0.3, 0.15, 0.05], torch.tensor([1 - 2**-53], dtype=torch.double), top_p=0.9).tolist() == [2]
 

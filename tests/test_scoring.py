@@ -1,5 +1,7 @@
 """Scoring: perplexity is Hugging Face's loss, KL and change are what two plain passes show, for any batch."""
 
+import math
+
 import pytest
 import torch
 
@@ -65,10 +67,15 @@ def test_kl_and_change_are_those_of_two_plain_passes(tiny_model, family, scope):
                 logits.append(run_logits(model, ids, torch.ones_like(ids))[0, n - 1 : -1].log_softmax(-1))
         kl = (logits[1].exp() * (logits[1] - logits[0])).sum(-1).mean()
         assert float(found.kl[i]) == pytest.approx(float(kl), rel=1e-3, abs=1e-6)
-        change = ((streams[1] - streams[0]).norm(dim=-1) / streams[0].norm(dim=-1))[n:].mean()
+        change = (streams[1] - streams[0]).norm(dim=-1) / streams[0].norm(dim=-1)
+        measured = slice(1, n - 1) if scope == "prompt" else slice(n, None)
+        change = change[measured].mean()
         assert float(found.change[i]) == pytest.approx(float(change), rel=1e-4, abs=1e-7)
     assert float(found.kl[1]) == pytest.approx(0, abs=1e-6)  # a row without intervention
-    assert float(found.change[1]) == 0
+    if scope == "prompt":  # behind its first token that prompt has none that is steered
+        assert math.isnan(float(found.change[1]))
+    else:
+        assert float(found.change[1]) == 0
 
 
 def test_batches_change_nothing(tiny_model):

@@ -170,22 +170,32 @@ def test_the_papers_protocol_doses_by_the_pass_it_is_in(tiny_model):
     assert text.tokens == around.tokens
 
 
+@pytest.mark.parametrize("mode", ["add", "clamp"])
+@pytest.mark.parametrize("scope", ["response", "prompt", "all"])
 @pytest.mark.parametrize("layers", [[0, 1, 2], [1, 2]])
-def test_several_layers_are_calibrated_to_the_change_they_should_make(tiny_model, layers):
+def test_several_layers_are_calibrated_to_the_change_they_should_make(tiny_model, layers, scope, mode):
     model, vectors = tiny_model("gemma3"), vectors_of(tiny_model("gemma3"))
     directions = torch.stack([vectors.vector("sad", layer) for layer in layers])
-    tokens = IDS.expand(3, -1)
-    responses = (torch.arange(8) >= 3).expand(3, -1)
-    strength = calibrate(model, directions, layers, 0.4, tokens, torch.ones_like(tokens), responses)
-    push = make_push(model, vectors, "sad", layers=layers, strength=strength)
-    heads, texts = [tuple(IDS[0, :4].tolist())], [tuple(IDS[0, 4:].tolist())]
+    heads, texts = [tuple(IDS[0, :4].tolist())] * 2, [tuple(IDS[0, 4:].tolist()), tuple(IDS[0, 5:].tolist())]
+    how = {"scope": scope, "mode": mode}
+    strength = calibrate(model, directions, layers, 0.4, heads, texts, **how)
+    push = make_push(model, vectors, "sad", layers=layers, strength=strength, **how)
     found = score_texts(model, heads, texts, interventions=push.interventions())
-    assert float(found.change[0]) == pytest.approx(0.4, rel=0.12)  # measured on generated tokens only
-    assert calibrate(model, directions[:1], layers[:1], 0.4, tokens, torch.ones_like(tokens), responses) == 0.4
-    back = calibrate(model, directions, layers, -0.4, tokens, torch.ones_like(tokens), responses)
-    assert back < 0
+    weights = torch.tensor([1.0, 1.0]) if scope == "prompt" else torch.tensor([4.0, 3.0])  # tokens that are measured
+    achieved = (found.change * weights).sum() / weights.sum()
+    assert float(achieved) == pytest.approx(0.4, rel=0.051)
+    assert calibrate(model, directions[:1], layers[:1], 0.4, heads, texts, **how) == 0.4
+    assert calibrate(model, directions, layers, -0.4, heads, texts, **how) < 0
     with pytest.raises(ValueError, match="received a target change of 1000000"):
-        calibrate(model, directions, layers, 1e6, tokens, torch.ones_like(tokens), responses)
+        calibrate(model, directions, layers, 1e6, heads, texts, **how)
+
+
+def test_clamping_that_moves_too_far_at_any_strength_is_refused(tiny_model):
+    model, vectors = tiny_model("gemma3"), vectors_of(tiny_model("gemma3"))
+    heads, texts = [tuple(IDS[0, :4].tolist())], [tuple(IDS[0, 4:].tolist())]
+    directions = torch.stack([vectors.vector("sad", layer) for layer in (0, 1)])
+    with pytest.raises(ValueError, match="even the smallest strength moves the stream by"):
+        calibrate(model, directions, [0, 1], 1e-4, heads, texts, mode="clamp")
 
 
 def test_hooks_are_gone_after_an_exception():
