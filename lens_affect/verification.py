@@ -2,7 +2,8 @@
 
 The paper's criterion asks only whether an external classifier's probability of the target rises above that of the unsteered text. A coin rises in
 half of the scenarios, so its count means nothing alone: here random directions of the same strength are judged by the same criterion on the same
-scenarios, and the difference is the result. A strict criterion asks that the target becomes the emotion on top while the text stays sound.
+scenarios, and the difference is the result. Where the sweep also pushed along other emotions, their successes stand beside it: is it this emotion, or
+any? A strict criterion asks that the target becomes the emotion on top while the text stays sound.
 """
 
 import html
@@ -29,6 +30,8 @@ CRITERIA = {
     "strict": "the target is the judge's emotion on top, and the text is sound (regimes.DAMAGE)",
 }
 """What counts as a success."""
+CONTROLLED = ("random", "other")
+"""What successes are set against: random directions, and directions of other emotions where the sweep has them."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ class Verification:
 
     table: pd.DataFrame
     """One row per scenario and strength: prompt (number), emotion, pull, group, strength, p_unsteered, p_steered, p_random (mean over random directions;
-    probabilities of the target), sound, top, change, change_random, and for each of CRITERIA the success (0 or 1; NaN where there is no text to judge it by)
-    and `<criterion>_random`, the share of random directions that succeed."""
+    probabilities of the target), sound, top, change, change_random, change_other, and for each of CRITERIA the success (0 or 1; NaN where there is no text
+    to judge it by), `<criterion>_random`, the share of random directions that succeed, and `<criterion>_other`, of the push along another emotion (NaN where
+    the sweep has none)."""
     strength: float
     """The strength that the printed result is about, declared before."""
     n_random: int
@@ -54,15 +58,26 @@ class Verification:
     provenance: Provenance
     """Of the dose-response."""
 
-    def difference(self, criterion: str = "rises", strength: float | None = None) -> Interval:
-        """Success under steering minus share of successes under random directions, mean over scenarios with a 95 % interval over topics.
+    def difference(
+        self, criterion: str = "rises", strength: float | None = None, *, control: str = "random"
+    ) -> Interval:
+        """Success under steering minus share of successes under a control, mean over scenarios with a 95 % interval over topics.
+
+        Args:
+            criterion: one of CRITERIA.
+            strength: one that was run; the declared one by default.
+            control: `random`, or `other` for directions of other emotions.
 
         Raises:
-            ValueError: an unknown criterion, or a strength that was not run.
+            ValueError: an unknown criterion or control, or a strength that was not run.
         """
         rows = self._rows(criterion, strength)
-        return clustered_mean(
-            rows[criterion].to_numpy(float) - rows[f"{criterion}_random"].to_numpy(float), rows["group"].tolist()
+        if control not in CONTROLLED or not np.isfinite(rows[f"{criterion}_{control}"].to_numpy(float)).any():
+            raise ValueError(
+                f"received control={control!r}; allowed are {list(CONTROLLED)}, 'other' where the sweep had controls=('random', 'other_emotion')"
+            )
+        return _mean_of_known(
+            rows[criterion].to_numpy(float) - rows[f"{criterion}_{control}"].to_numpy(float), rows["group"].tolist()
         )
 
     def successes(self, criterion: str = "rises", strength: float | None = None) -> tuple[int, int]:
@@ -85,8 +100,9 @@ class Verification:
 
     def to_frame(self) -> pd.DataFrame:
         """One row per strength, criterion and pull (`all` first): successes, n, rate with Wilson limits, random (share of random directions that succeed),
-        difference with its 95 % limits over topics, gain (mean rise of the target's probability above random) with limits, change and change_random (mean achieved change of the residual
-        stream), n_without (no text to judge)."""
+        difference with its 95 % limits over topics, other and difference_other (the same for directions of other emotions; NaN without), gain (mean rise of the
+        target's probability above random) with limits, change, change_random and change_other (mean achieved change of the residual stream), n_without (no text
+        to judge)."""
         pulls = ["all", *(p for p in dict.fromkeys(self.table["pull"]) if p)]
         rows = []
         for strength in dict.fromkeys(self.table["strength"]):
@@ -119,6 +135,12 @@ class Verification:
             lines.append(
                 f"{row['criterion']}: {row['successes']} of {row['n']} ({row['rate']:.2f} [{row['low']:.2f}, {row['high']:.2f}]), random {row['random']:.2f}, "
                 f"difference {row['difference']:+.2f} [{row['difference_low']:+.2f}, {row['difference_high']:+.2f}] over topics"
+                + (
+                    f"; another emotion {row['other']:.2f}, difference {row['difference_other']:+.2f} [{row['difference_other_low']:+.2f}, "
+                    f"{row['difference_other_high']:+.2f}]"
+                    if math.isfinite(row["other"])
+                    else ""
+                )
             )
         without = int(np.max(own["n_without"]))
         if without or self.left_out:
@@ -141,14 +163,16 @@ def _summary(rows: pd.DataFrame, criterion: str) -> dict[str, Any]:
     limits: Any = proportion_confint(successes, n, method="wilson") if n else (math.nan, math.nan)
     found |= {"rate": successes / n if n else math.nan, "low": float(limits[0]), "high": float(limits[1])}
     found["random"] = _mean(known[f"{criterion}_random"].to_numpy(float))
-    found |= {name: _mean(rows[name].to_numpy(float)) for name in ("change", "change_random")}
+    found["other"] = _mean(known[f"{criterion}_other"].to_numpy(float))
+    found |= {name: _mean(rows[name].to_numpy(float)) for name in ("change", "change_random", "change_other")}
     groups = known["group"].tolist()
     effects = {
         "difference": known[criterion].to_numpy(float) - known[f"{criterion}_random"].to_numpy(float),
+        "difference_other": known[criterion].to_numpy(float) - known[f"{criterion}_other"].to_numpy(float),
         "gain": known["p_steered"].to_numpy(float) - known["p_random"].to_numpy(float),
     }
     for name, values in effects.items():
-        interval = clustered_mean(values, groups)
+        interval = _mean_of_known(values, groups)
         found |= {
             name: float(interval.estimate),
             f"{name}_low": float(interval.low),
@@ -205,9 +229,10 @@ def verify_steering(
         emotion, prompt = str(columns["emotion"][row]), int(columns["prompt"][row])
         same = (columns["prompt"] == prompt) & (columns["strength"] == columns["strength"][row])
         random = np.flatnonzero((columns["kind"] == "random") & same)
+        other = np.flatnonzero((columns["kind"] == "other_emotion") & same & (columns["emotion"] == emotion))
         probability = probabilities[emotion]
         before = float(probability[plain[columns["prompt"][plain] == prompt]][0])
-        found = _scenario(probability, before, judgement, emotion, row, random, sound)
+        found = _scenario(probability, before, judgement, emotion, row, (random, other), sound)
         rows.append(
             {
                 "prompt": prompt,
@@ -217,6 +242,7 @@ def verify_steering(
                 "strength": float(columns["strength"][row]),
                 "change": float(columns["change"][row]),
                 "change_random": _mean(columns["change"][random].astype(float)),
+                "change_other": _mean(columns["change"][other].astype(float)),
             }
             | found
         )
@@ -256,7 +282,7 @@ def _scenario(
     judgement: Judgement,
     emotion: str,
     row: int,
-    random: Int[np.ndarray, " direction"],
+    controls: tuple[Int[np.ndarray, " random"], Int[np.ndarray, " other"]],
     sound: np.ndarray,
 ) -> dict[str, object]:
     def rises(rows: Sequence[int] | np.ndarray) -> Float[np.ndarray, " text"]:
@@ -267,6 +293,7 @@ def _scenario(
     def strict(rows: Sequence[int] | np.ndarray) -> Float[np.ndarray, " text"]:
         return np.array([float(judgement.top[i] == emotion and bool(sound[i])) for i in rows])
 
+    random, other = controls
     exact = judgement.matches[judgement.emotions.index(emotion)] == "exact"
     return {
         "p_unsteered": before,
@@ -276,9 +303,16 @@ def _scenario(
         "top": judgement.top[row],
         "rises": float(rises([row])[0]),
         "rises_random": _mean(rises(random)),
+        "rises_other": _mean(rises(other)),
         "strict": float(strict([row])[0]) if exact else math.nan,
         "strict_random": _mean(strict(random)) if exact else math.nan,
+        "strict_other": _mean(strict(other)) if exact else math.nan,
     }
+
+
+def _mean_of_known(values: Float[np.ndarray, " scenario"], groups: Sequence[Any]) -> Interval:
+    known = np.isfinite(values)
+    return clustered_mean(values[known], [g for g, k in zip(groups, known, strict=True) if k])
 
 
 def _mean(values: np.ndarray) -> float:

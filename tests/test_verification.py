@@ -68,6 +68,29 @@ def test_the_change_that_steering_and_random_pushes_achieved_stands_beside_the_c
     assert "achieved change 0.20, random 0.25" in str(found)
 
 
+def test_a_push_along_another_emotion_is_a_control_of_its_own():
+    """Where any emotion raises the target, random directions show an effect and other emotions do not."""
+    dose = swept()
+    other = dose.table[dose.table["kind"] == "steered"].assign(kind="other_emotion", change=0.3)
+    dose = replace(dose, table=pd.concat([dose.table, other], ignore_index=True))
+    judgement = judgement_of(dose, steered=0.5, random=-0.5)
+    values, pushed = judgement.probabilities.clone(), np.flatnonzero(dose.table["kind"] == "other_emotion")
+    values[pushed] = 0.2 + 0.5
+    values[pushed[:3]] = 0.0
+    found = verify_steering(dose, replace(judgement, probabilities=values), thresholds=RULE)
+    assert float(found.difference().estimate) == 1.0
+    assert float(found.difference(control="other").estimate) == pytest.approx(3 / N_PROMPTS)
+    row = found.to_frame().query("criterion == 'rises' and pull == 'all'").iloc[0]
+    assert row["other"] == pytest.approx(1 - 3 / N_PROMPTS)
+    assert row["change_other"] == pytest.approx(0.3)
+    assert "another emotion 0.88, difference +0.12 [" in str(found)
+    alone = swept()
+    found = verify_steering(alone, judgement_of(alone, steered=0.5, random=0.0), thresholds=RULE)
+    assert "another emotion" not in str(found)
+    with pytest.raises(ValueError, match="'other' where the sweep had"):
+        found.difference(control="other")
+
+
 def test_a_push_that_raises_everything_is_no_success():
     """The paper's count alone would call it one: random directions raise the target as well."""
     dose = swept()
