@@ -120,6 +120,12 @@ class DoseResponse:
         return self.column("nll").astype(float) - self.column("nll_unsteered").astype(float)
 
     @property
+    def perplexity_unit(self) -> str:
+        """What the perplexities are per, and under which model, in words."""
+        own = self.scorer == self.provenance.title
+        return f"per {self.unit}, under {'the unsteered model itself' if own else self.scorer}"
+
+    @property
     def repeats(self) -> Float[np.ndarray, " text"]:
         """1 where a text repeats more than its limit for that many tokens, 0 where it does not, NaN where it is too short to say."""
         repetition = self.column("repetition").astype(float)
@@ -181,7 +187,7 @@ class DoseResponse:
         return (
             f"{self.provenance.title}, {self.name}: {len(self.emotions)} emotions x {len(self.strengths)} strengths at {layers}, "
             f"{len(self.prompts)} prompts of up to {self.longest} tokens, {len(self.table)} texts, {n_empty} empty\n"
-            f"strength: perplexity ratio, repeated 3-grams: {'; '.join(parts)}\n"
+            f"strength: ratio of perplexities ({self.perplexity_unit}), repeated 3-grams: {'; '.join(parts)}\n"
             f"without steering {self.base_rate:.2f} of the texts repeat more than 99 % of ordinary prose does"
         )
 

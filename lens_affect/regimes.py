@@ -45,7 +45,7 @@ REGIMES = {
 }
 """What can be said of a cell."""
 R_OK = 1.5
-"""Smallest upper end of the band in which a perplexity ratio is called unchanged."""
+"""Smallest upper end of the band in which a ratio of perplexities per token is called unchanged."""
 CHANCE = 0.975
 """Quantile of the ratios between two unsteered texts of one prompt that the band covers."""
 
@@ -64,15 +64,31 @@ class Thresholds:
     """Perplexity ratio above which a text is called explosive: r_ok squared."""
     repetition: float
     """Repeated share above which a text is called repetitive: what 99 % of ordinary texts of full length stay below, and at least REPETITIVE."""
+    unit: str = "token"
+    """What the perplexities behind the ratios are per: `token`, or `byte` under a scorer with another tokenizer."""
 
     @classmethod
     def of(cls, dose: DoseResponse) -> "Thresholds":
-        """From the two unsteered samples of every prompt, and from ordinary prose."""
+        """From the two unsteered samples of every prompt, and from ordinary prose.
+
+        R_OK is a ratio of perplexities per token. A log perplexity per byte is smaller by the bytes per token, so under a scorer with another tokenizer the
+        band is at least R_OK ** (1 / bytes per token), with the steered model's own tokens in its unsteered texts: those that R_OK was tuned on, and
+        the same ones whichever scorer reads.
+        """
         first, again = (dose.column("nll")[dose.column("kind") == kind].astype(float) for kind in UNSTEERED)
         ratios = np.exp(np.concatenate([again - first, first - again]))
         ratios = ratios[np.isfinite(ratios)]
-        r_ok = max(R_OK, float(np.quantile(ratios, CHANCE))) if len(ratios) else R_OK
-        return cls(r_ok, r_ok**2, max(float(dose.limits[-1]), REPETITIVE))
+        least = R_OK if dose.unit == "token" else R_OK ** (1 / _bytes_per_token(dose))
+        r_ok = max(least, float(np.quantile(ratios, CHANCE))) if len(ratios) else least
+        return cls(r_ok, r_ok**2, max(float(dose.limits[-1]), REPETITIVE), dose.unit)
+
+
+def _bytes_per_token(dose: DoseResponse) -> float:
+    plain = np.isin(dose.column("kind"), UNSTEERED)
+    n_bytes = sum(len(text.encode()) for text in dose.column("text")[plain])
+    return max(
+        1.0, n_bytes / max(1, int(dose.column("n_tokens")[plain].sum()))
+    )  # 1 where every unsteered text is empty
 
 
 def damage_of(perplexity_ratio: float, repetition: float, thresholds: Thresholds, *, limit: float | None = None) -> str:
@@ -181,7 +197,7 @@ class RegimeMap:
             f"{self.provenance.title}, {self.name}: regimes of {len(set(own['emotion']))} emotions at {len(self.strengths)} strengths "
             f"({f'judge: {self.judge}, {self.null}' if self.judge else 'no judge'})\n"
             f"{'; '.join(parts)}\n"
-            f"ratio unchanged up to {self.thresholds.r_ok:.2f}, explosive above {self.thresholds.r_high:.2f}; repetitive above "
+            f"ratio of perplexities per {self.thresholds.unit} unchanged up to {self.thresholds.r_ok:.2f}, explosive above {self.thresholds.r_high:.2f}; repetitive above "
             f"{self.thresholds.repetition:.3f} of 3-grams; {self.base_rate:.2f} of unsteered texts loop by themselves"
         )
 
@@ -256,7 +272,14 @@ def damage_labels(dose: DoseResponse, thresholds: Thresholds) -> np.ndarray:
 
     A text's perplexity is taken against the unsteered text of its prompt, or against the mean of all unsteered texts where that is empty. Logits that are
     not finite make it invalid.
+
+    Raises:
+        ValueError: thresholds of another unit than the perplexities.
     """
+    if thresholds.unit != dose.unit:
+        raise ValueError(
+            f"received thresholds per {thresholds.unit} for perplexities per {dose.unit}; use Thresholds.of(dose), or your own with unit={dose.unit!r}"
+        )
     plain = dose.column("nll").astype(float)[dose.column("kind") == UNSTEERED[0]]
     usual = _mean(plain)
     base = np.where(

@@ -116,6 +116,24 @@ def planted(cells, *, n_prompts=8, noise=0.02, seed=0, empty=0) -> DoseResponse:
     )
 
 
+@pytest.mark.parametrize("noise", [0.02, 0.6])
+def test_perplexities_per_byte_lead_to_the_same_labels_as_per_token(noise):
+    """Texts of four bytes a token: every log ratio per byte is a quarter of the one per token."""
+    grid = {
+        ("steered", "calm", s): (log_ratio, 0.0) for s, log_ratio in ((0.1, 0.1), (0.2, 0.6), (0.4, 4.5), (0.8, -2.0))
+    }
+    dose = planted(grid, noise=noise)
+    table = dose.table.assign(
+        text="abcd" * 20, nll=dose.column("nll") / 4, nll_unsteered=dose.column("nll_unsteered") / 4
+    )
+    per_byte = replace(dose, table=table, unit="byte", scorer="another")
+    tokens, found = classify_regimes(dose), classify_regimes(per_byte)
+    assert found.damage == tokens.damage
+    assert len(set(found.damage)) == 3
+    assert found.thresholds.r_ok**4 == pytest.approx(tokens.thresholds.r_ok, rel=0.03)  # a quantile between two values
+    assert found.thresholds.r_high == pytest.approx(found.thresholds.r_ok**2)
+
+
 def judged(dose, gains, *, emotions=("calm", "sad"), seed=0) -> Judgement:
     """Probabilities of 0.2 plus a gain per (kind, emotion judged, strength), with a little noise."""
     generator = np.random.default_rng(seed)
