@@ -298,6 +298,33 @@ def damage_labels(dose: DoseResponse, thresholds: Thresholds) -> np.ndarray:
     )
 
 
+def judged_cells(dose: DoseResponse, judgement: Judgement) -> pd.DataFrame:
+    """What the judge sees of the target in every steered cell, and of the same target under random directions and without steering.
+
+    Args:
+        dose: of sweep_strengths.
+        judgement: of `dose.texts`, in that order.
+
+    Returns:
+        One row per steered cell that the judge can name: emotion, strength, probability with `_low` and `_high` (95 %, t over groups of prompts), random and
+        unsteered (mean probability of the same emotion there; random is NaN where none was run), gain with `_low` and `_high` (as in classify_regimes), n.
+    """
+    cells, groups, rows = dose.cells(), dose.column("group"), []
+    plain = np.isin(dose.column("kind"), UNSTEERED)
+    for (kind, emotion, strength), members in cells.items():
+        gain = _gain(dose, judgement, cells, kind, emotion, strength) if kind == "steered" else None
+        if gain is None:
+            continue
+        probability = judgement.probability(emotion).double().numpy()
+        row: dict[str, Any] = {"emotion": emotion, "strength": strength}
+        for name, values in (("probability", probability[members]), ("gain", gain)):
+            limits = _limits(values, groups[members])
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), limits, strict=True))
+        row["random"] = _mean(probability[cells.get(("random", "", strength), np.array([], dtype=int))])
+        rows.append(row | {"unsteered": _mean(probability[plain]), "n": len(members)})
+    return pd.DataFrame(rows)
+
+
 def _gain(
     dose: DoseResponse,
     judgement: Judgement | None,
