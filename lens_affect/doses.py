@@ -147,7 +147,8 @@ class DoseResponse:
         return {key: np.array(rows) for key, rows in found.items()}
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per cell (kind, emotion, strength): every name of MEASURES with `_low` and `_high` (95 %, t over groups of prompts), n, n_empty."""
+        """One row per cell (kind, emotion, strength): every name of MEASURES with `_low` and `_high` (95 %, t over groups of prompts) and `_n` (texts that have a value), n
+        (texts), n_empty."""
         groups, rows = self.column("group"), []
         measured = {m: self.column(m).astype(float) for m in MEASURES[1:]} | {MEASURES[0]: self.log_ratio}
         for (kind, emotion, strength), members in self.cells().items():
@@ -161,6 +162,7 @@ class DoseResponse:
                 if measure == MEASURES[0]:
                     limits = [math.exp(x) for x in limits]
                 row |= dict(zip((measure, f"{measure}_low", f"{measure}_high"), limits, strict=True))
+                row[f"{measure}_n"] = int(np.isfinite(measured[measure][members]).sum())
             rows.append(row | {"n": len(members), "n_empty": int((self.column("n_tokens")[members] == 0).sum())})
         return pd.DataFrame(rows)
 

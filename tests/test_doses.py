@@ -85,6 +85,14 @@ def test_cells_are_geometric_means_over_prompts_with_a_t_interval(dose):
     assert cell["perplexity_ratio_low"] == pytest.approx(math.exp(float(expected.low)))
     assert cell["kl"] == pytest.approx(dose.table.loc[rows, "kl"].mean())
     assert all(f"{m}_high" in cell for m in MEASURES)
+    assert cell["perplexity_ratio_n"] == 3
+    # A text under 12 tokens has no repetition: every mean says how many texts are behind it.
+    short = dose.table["repetition"].to_numpy(float).copy()
+    short[rows[0]] = math.nan
+    cells = replace(dose, table=dose.table.assign(repetition=short)).to_frame()
+    cell = cells.query("kind == 'steered' and emotion == 'calm' and strength == 0.5").iloc[0]
+    assert (cell["n"], cell["repetition_n"], cell["kl_n"]) == (3, int(np.isfinite(short[rows]).sum()), 3)
+    assert cell["repetition_n"] < 3
 
 
 def test_random_directions_are_the_same_for_all_strengths_and_another_emotion_is_another(dose):
@@ -184,6 +192,9 @@ def test_texts_that_end_at_once_are_counted_and_have_no_value(tiny_model, monkey
     cells = found.to_frame()
     assert (cells["n_empty"] == 3).all()
     assert cells["perplexity_ratio"].isna().all()
+    assert (cells["n"] == 3).all()
+    assert (cells[[f"{m}_n" for m in ("perplexity_ratio", "repetition", "kl", "change")]] == 0).all(axis=None)
+    assert (cells["n_tokens_n"] == 3).all()
     assert "0 empty" not in str(found)
     assert found.table["finished"].all()
 
