@@ -114,8 +114,10 @@ if TYPE_CHECKING:
     from lens_affect.plotting_patching import plot_patching as plot_patching
     from lens_affect.plotting_patching import plot_positions as plot_positions
     from lens_affect.plotting_patching import plot_siblings as plot_siblings
+    from lens_affect.plotting_steering import plot_boundaries as plot_boundaries
     from lens_affect.plotting_steering import plot_dose as plot_dose
     from lens_affect.plotting_steering import plot_inside as plot_inside
+    from lens_affect.plotting_steering import plot_judged as plot_judged
     from lens_affect.plotting_steering import plot_onsets as plot_onsets
     from lens_affect.plotting_steering import plot_regimes as plot_regimes
     from lens_affect.plotting_steering import plot_scripts as plot_scripts
@@ -344,11 +346,13 @@ _HOME = {
     "plan_delta": "delta_plans",
     "plan_tuning": "tuning_plans",
     "plot_anisotropy": "plotting",
+    "plot_boundaries": "plotting_steering",
     "plot_curves": "plotting",
     "plot_delta": "plotting_modules",
     "plot_dose": "plotting_steering",
     "plot_emotions": "plotting",
     "plot_inside": "plotting_steering",
+    "plot_judged": "plotting_steering",
     "plot_learning": "plotting_tuning",
     "plot_methods": "plotting",
     "plot_onsets": "plotting_steering",

@@ -14,7 +14,7 @@ from lens_affect.boundaries import Onsets, RegimeBoundaries
 from lens_affect.doses import UNSTEERED, DoseResponse
 from lens_affect.inside import InsideOutside
 from lens_affect.judgements import Judgement
-from lens_affect.regimes import REGIMES, REPETITIVE, RegimeMap, Thresholds, judged_cells
+from lens_affect.regimes import REGIMES, REPETITIVE, RegimeMap, Thresholds, in_words, judged_cells
 from lens_affect.steering_study import SteeringStudy
 from lens_affect.style import EMOTION_COLOURS, EMOTION_MARKERS, draw_band, set_layout
 from lens_affect.verification import CRITERIA, Verification
@@ -221,9 +221,9 @@ def plot_boundaries(found: Sequence[RegimeBoundaries], *, title: str | None = No
             )  # fmt: skip
         for regime, part in one.table.groupby("regime", sort=False):
             figure.add_scatter(
-                x=part["strength"], y=[row] * len(part), mode="markers", name=str(regime).replace("_", " "), showlegend=regime not in seen, legendgroup=str(regime),
+                x=part["strength"], y=[row] * len(part), mode="markers", name=in_words(str(regime)), showlegend=regime not in seen, legendgroup=str(regime),
                 marker={"color": REGIME_COLOURS[str(regime)], "size": 13, "line": {"color": "#444444", "width": 1}}, customdata=part["p"],
-                hovertemplate=f"{one.emotion} at %{{x:.3g}}: {str(regime).replace('_', ' ')}, probability %{{customdata:.2f}}<extra></extra>",
+                hovertemplate=f"{one.emotion} at %{{x:.3g}}: {in_words(str(regime))}, probability %{{customdata:.2f}}<extra></extra>",
             )  # fmt: skip
             seen.add(regime)
     n = int(found[0].table["n"].to_numpy()[0])
@@ -242,7 +242,7 @@ def plot_boundaries(found: Sequence[RegimeBoundaries], *, title: str | None = No
 
 
 def _told(one: RegimeBoundaries) -> str:
-    parts = [f"{b.below} to {b.above} at {b.low:.3g} to {b.high:.3g}".replace("_", " ") for b in one.boundaries]
+    parts = [f"{in_words(b.below)} to {in_words(b.above)} at {b.low:.3g} to {b.high:.3g}" for b in one.boundaries]
     return f"{one.emotion}: {'; '.join(parts) or 'no boundary between the strengths tried'}"
 
 
@@ -271,12 +271,12 @@ def plot_regimes(found: RegimeMap, *, title: str | None = None) -> go.Figure:
     figure = go.Figure(
         go.Heatmap(
             z=code, x=columns, y=emotions, text=text, texttemplate="%{text}", zmin=-0.5, zmax=len(names) - 0.5, colorscale=edges, xgap=2, ygap=2,
-            colorbar={"tickvals": list(range(len(names))), "ticktext": [n.replace("_", " ") for n in names]},
+            colorbar={"tickvals": list(range(len(names))), "ticktext": list(map(in_words, names))},
             hovertemplate="%{y} at %{x}: probability %{text}<extra></extra>",
         )
     )  # fmt: skip
     counts = Counter(str(regime) for regime in own["regime"])
-    most = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in counts.most_common())
+    most = ", ".join(f"{in_words(name)} {n}" for name, n in counts.most_common())
     head = f"{found.provenance.title}, {found.name}"
     set_layout(
         figure,

@@ -44,6 +44,8 @@ REGIMES = {
     "undecided": "sound texts, and no judge that can name the emotion",
 }
 """What can be said of a cell."""
+
+
 R_OK = 1.5
 """Smallest upper end of the band in which a ratio of perplexities per token is called unchanged."""
 CHANCE = 0.975
@@ -52,6 +54,11 @@ CHANCE = 0.975
 
 REPETITIVE = 0.1
 """Repeated share of 3-grams that no text is called repetitive below: tuned on one half of the labelled texts (data/regime_texts.md)."""
+
+
+def in_words(label: str) -> str:
+    """A label as a reader's words: `repetitive_collapse` is repetitive collapse."""
+    return label.replace("_", " ")
 
 
 @dataclass(frozen=True)
@@ -192,7 +199,7 @@ class RegimeMap:
         parts = []
         for strength in self.strengths:
             counts = Counter(own["regime"].to_numpy()[own["strength"].to_numpy() == strength].tolist())
-            parts.append(f"{strength:+g}: {', '.join(f'{name} {n}' for name, n in counts.most_common())}")
+            parts.append(f"{strength:+g}: {', '.join(f'{in_words(name)} {n}' for name, n in counts.most_common())}")
         return (
             f"{self.provenance.title}, {self.name}: regimes of {len(set(own['emotion']))} emotions at {len(self.strengths)} strengths "
             f"({f'judge: {self.judge}, {self.null}' if self.judge else 'no judge'})\n"

@@ -266,6 +266,8 @@ def test_a_map_comes_back_from_disk_and_shows_itself(tmp_path):
     assert again.to_frame().equals(found.to_frame())
     assert str(again) == str(found)
     assert "+0.2: surgical 1" in str(found)
+    assert "+1.6: repetitive collapse 1" in str(found)
+    assert "_" not in str(found)
     assert "a planted judge" in str(found)
     assert len(str(found).splitlines()) <= 5
     assert "surgical" in found._repr_html_()
