@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -26,7 +26,7 @@ from lens_affect.judgements import Judgement
 from lens_affect.results import Provenance, load_result, save_result
 from lens_affect.scenarios import load_scenarios
 from lens_affect.statistics import cluster_means, mean_interval, resample_clusters
-from lens_affect.steering import make_push
+from lens_affect.steering import Protocol, make_push
 from lens_affect.vectors import EmotionVectors
 
 DAMAGE = {
@@ -161,6 +161,8 @@ class RegimeMap:
     """Name of the prompts."""
     provenance: Provenance
     """Of the dose-response."""
+    protocol: str = "lens_affect"
+    """Whose rule: ours, or `jeong2026`, which uses no thresholds."""
 
     def to_frame(self) -> pd.DataFrame:
         """The table."""
@@ -200,9 +202,11 @@ class RegimeMap:
         for strength in self.strengths:
             counts = Counter(own["regime"].to_numpy()[own["strength"].to_numpy() == strength].tolist())
             parts.append(f"{strength:+g}: {', '.join(f'{in_words(name)} {n}' for name, n in counts.most_common())}")
+        head = f"{self.provenance.title}, {self.name}: regimes of {len(set(own['emotion']))} emotions at {len(self.strengths)} strengths"
+        if self.protocol == "jeong2026":
+            return f"{head} by the rule in the paper's code, which takes no perplexity and no judge\n{'; '.join(parts)}"
         return (
-            f"{self.provenance.title}, {self.name}: regimes of {len(set(own['emotion']))} emotions at {len(self.strengths)} strengths "
-            f"({f'judge: {self.judge}, {self.null}' if self.judge else 'no judge'})\n"
+            f"{head} ({f'judge: {self.judge}, {self.null}' if self.judge else 'no judge'})\n"
             f"{'; '.join(parts)}\n"
             f"ratio of perplexities per {self.thresholds.unit} unchanged up to {self.thresholds.r_ok:.2f}, explosive above {self.thresholds.r_high:.2f}; repetitive above "
             f"{self.thresholds.repetition:.3f} of 3-grams; {self.base_rate:.2f} of unsteered texts loop by themselves"
@@ -218,6 +222,7 @@ def classify_regimes(
     judgement: Judgement | None = None,
     *,
     thresholds: Thresholds | None = None,
+    protocol: str = "lens_affect",
     n_resamples: int = 2000,
 ) -> RegimeMap:
     """Regime of every cell by the table of damage labels, with bootstrap probabilities.
@@ -230,17 +235,27 @@ def classify_regimes(
         dose: of sweep_strengths.
         judgement: of `dose.texts`, in that order; None leaves sound cells undecided.
         thresholds: by default Thresholds.of(dose).
+        protocol: `jeong2026` takes the rule in the paper's code in the place of ours, on the texts of each cell (jeong_regime); the judge's gains are
+            stated and decide nothing.
         n_resamples: draws of whole groups behind the probabilities.
 
     Raises:
-        ValueError: a judgement of other texts.
+        ValueError: a judgement of other texts, an unknown protocol, or thresholds for a protocol that has none.
     """
+    if protocol not in get_args(Protocol):
+        raise ValueError(f"received protocol={protocol!r}; allowed are {list(get_args(Protocol))}")
+    if protocol == "jeong2026" and thresholds is not None:
+        raise ValueError(
+            "received thresholds with protocol='jeong2026', whose rule has none; allowed there is thresholds=None"
+        )
     limits = thresholds or Thresholds.of(dose)
     if judgement is not None and len(judgement.probabilities) != len(dose.table):
         raise ValueError(
             f"received a judgement of {len(judgement.probabilities)} texts for {len(dose.table)}; use judge_texts(judge, dose.texts)"
         )
-    damage = damage_labels(dose, limits)
+    damage = (
+        damage_labels(dose, limits) if protocol == "lens_affect" else np.array([_jeong_label(t) for t in dose.texts])
+    )
     cells, groups = dose.cells(), dose.column("group")
     log_ratio, repetition, change = (
         dose.log_ratio,
@@ -254,12 +269,12 @@ def classify_regimes(
         gain = _gain(dose, judgement, cells, kind, emotion, strength)
         row: dict[str, Any] = {"kind": kind, "emotion": emotion, "strength": strength}
         labels, of_group = damage[members], groups[members]
-        row["regime"] = _regime(labels, _lowest(gain, of_group))
+        row["regime"] = _regime(labels, _lowest(gain, of_group), protocol)
         row["perplexity_ratio"] = math.exp(_mean(log_ratio[members]))
         row |= {"repetition": _mean(repetition[members]), "change": _mean(change[members])}
         row |= dict(zip(("gain", "gain_low", "gain_high"), _limits(gain, of_group), strict=True))
         row |= {f"share_{name}": float((labels == name).mean()) for name in DAMAGE}
-        row |= _probabilities(labels, gain, of_group, n_resamples, dose.seed)
+        row |= _probabilities(labels, gain, of_group, n_resamples, dose.seed, protocol)
         rows.append(row | {"n": len(members)})
     return RegimeMap(
         table=pd.DataFrame(rows),
@@ -271,6 +286,7 @@ def classify_regimes(
         layers=dose.layers,
         name=dose.name,
         provenance=dose.provenance,
+        protocol=protocol,
     )
 
 
@@ -368,14 +384,19 @@ def _mean(values: np.ndarray) -> float:
     return float(known.mean()) if len(known) else math.nan
 
 
-def _regime(labels: np.ndarray, gain_low: float | None) -> str:
+def _regime(labels: np.ndarray, gain_low: float | None, protocol: str = "lens_affect") -> str:
     counts = np.array([[(labels == name).sum() for name in DAMAGE]])
-    return str(_regimes(counts, np.array([math.nan if gain_low is None else gain_low]))[0])
+    return str(_regimes(counts, np.array([math.nan if gain_low is None else gain_low]), protocol)[0])
 
 
-def _regimes(counts: Int[np.ndarray, "draw label"], gain_low: Float[np.ndarray, " draw"]) -> np.ndarray:
+def _regimes(counts: Int[np.ndarray, "draw label"], gain_low: Float[np.ndarray, " draw"], protocol: str) -> np.ndarray:
     """Regime by counts of damage labels (in DAMAGE's order) and the lower limit of the gain."""
     names = np.array(list(DAMAGE))
+    if protocol == "jeong2026":
+        loops, short = (
+            counts[:, names == name].sum(1) / counts.sum(1) for name in ("repetitive_collapse", "explosive")
+        )
+        return np.where(loops > 0.5, "repetitive_collapse", np.where(short > 0.3, "explosive", "surgical"))
     worst = names[1:][counts[:, 1:].argmax(1)]  # the first, worse one of equals
     of_sound = np.where(np.isnan(gain_low), "undecided", np.where(gain_low > 0, "surgical", "inert"))
     mostly_invalid = 2 * counts[:, 0] > counts.sum(1)
@@ -383,7 +404,7 @@ def _regimes(counts: Int[np.ndarray, "draw label"], gain_low: Float[np.ndarray, 
 
 
 def _probabilities(
-    labels: np.ndarray, gain: np.ndarray | None, groups: np.ndarray, n_resamples: int, seed: int
+    labels: np.ndarray, gain: np.ndarray | None, groups: np.ndarray, n_resamples: int, seed: int, protocol: str
 ) -> dict[str, float]:
     """Share of resamples of whole groups in which each regime comes out; a group that is drawn twice counts as two."""
     names = list(dict.fromkeys(groups.tolist()))
@@ -397,7 +418,7 @@ def _probabilities(
             warnings.simplefilter("ignore", RuntimeWarning)  # draws without a value stay NaN
             half = stats.t.ppf(0.975, known - 1) * np.nanstd(means, axis=1, ddof=1) / np.sqrt(known)
             lowest = np.nanmean(means, axis=1) - half
-    found = _regimes(counts[drawn].sum(1), lowest)
+    found = _regimes(counts[drawn].sum(1), lowest, protocol)
     return {f"p_{name}": float((found == name).mean()) for name in REGIMES}
 
 
@@ -407,11 +428,14 @@ def jeong_regime(texts: Sequence[str]) -> str:
     More than half of the samples with some whitespace-token 3-gram at least three times: repetitive_collapse; else more than 30 % with fewer than three
     whitespace tokens: explosive; else surgical.
     """
-    words = [text.split() for text in texts]
-    loops = [max(Counter(zip(w, w[1:], w[2:], strict=False)).values(), default=0) >= 3 for w in words]
-    if sum(loops) > 0.5 * len(texts):
+    return _regime(np.array([_jeong_label(text) for text in texts]), None, "jeong2026")
+
+
+def _jeong_label(text: str) -> str:
+    words = text.split()
+    if max(Counter(zip(words, words[1:], words[2:], strict=False)).values(), default=0) >= 3:
         return "repetitive_collapse"
-    return "explosive" if sum(len(w) < 3 for w in words) > 0.3 * len(texts) else "surgical"
+    return "explosive" if len(words) < 3 else "sound"
 
 
 def run_jeong_regime(

@@ -244,6 +244,29 @@ def test_the_papers_rule_counts_whitespace_words_and_so_misses_chinese_loops():
     assert jeong_regime(["平静平静平静平静平静平静"] * 10) == "explosive"
 
 
+def test_the_papers_rule_on_a_sweep_labels_each_cell_by_its_texts_alone():
+    loop, plain = "be free be free be free be free", "they walked home and talked about the day"
+    dose = planted({("steered", "calm", s): (9.0, 0.9) for s in (0.1, 0.2, 0.4)}, n_prompts=10)
+    said = {0.0: [plain] * 10, 0.1: [plain] * 10, 0.2: [loop] * 6 + [plain] * 4, 0.4: ["no"] * 4 + [plain] * 6}
+    texts = [said[s][p] for s, p in zip(dose.column("strength"), dose.column("prompt"), strict=True)]
+    dose = replace(dose, table=dose.table.assign(text=texts))
+    found = classify_regimes(dose, protocol="jeong2026")
+    expected = {0.1: "surgical", 0.2: "repetitive_collapse", 0.4: "explosive"}
+    assert {s: found.regime("calm", s) for s in expected} == expected
+    assert {s: jeong_regime(said[s]) for s in expected} == expected
+    own = found.table[found.table["kind"] == "steered"].set_index("strength")
+    assert own.loc[0.2, "share_repetitive_collapse"] == pytest.approx(0.6)
+    assert 0.5 < own.loc[0.2, "p_repetitive_collapse"] < 1
+    assert own.loc[0.1, "p_surgical"] == 1
+    assert "by the rule in the paper's code" in str(found)
+    assert "perplexities" not in str(found)
+    assert classify_regimes(dose).regime("calm", 0.1) == "repetitive_collapse"
+    with pytest.raises(ValueError, match=r"received protocol='paper'; allowed are \['lens_affect', 'jeong2026'\]"):
+        classify_regimes(dose, protocol="paper")
+    with pytest.raises(ValueError, match="received thresholds with protocol='jeong2026'"):
+        classify_regimes(dose, protocol="jeong2026", thresholds=RULE)
+
+
 def test_the_papers_measurement_runs_on_its_two_scenarios(tiny_model):
     model = tiny_model("llama")
     label, samples = run_jeong_regime(
