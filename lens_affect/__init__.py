@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from lens_affect.contrasts import load_pairs as load_pairs
     from lens_affect.crosslingual import ScriptComparison as ScriptComparison
     from lens_affect.crosslingual import ScriptTable as ScriptTable
-    from lens_affect.crosslingual import compare_scripts as compare_scripts
     from lens_affect.crosslingual import script_entanglement as script_entanglement
     from lens_affect.damage import EqualDamage as EqualDamage
     from lens_affect.damage import equal_damage as equal_damage
@@ -288,7 +287,6 @@ _HOME = {
     "compare_methods": "comparison",
     "compare_modules": "deltas",
     "compare_onsets": "boundaries",
-    "compare_scripts": "crosslingual",
     "correlate_inside": "inside",
     "count_parameters": "sizes",
     "curve_shape": "shapes",
