@@ -117,6 +117,7 @@ if TYPE_CHECKING:
     from lens_affect.plotting_steering import plot_dose as plot_dose
     from lens_affect.plotting_steering import plot_inside as plot_inside
     from lens_affect.plotting_steering import plot_judged as plot_judged
+    from lens_affect.plotting_steering import plot_languages as plot_languages
     from lens_affect.plotting_steering import plot_onsets as plot_onsets
     from lens_affect.plotting_steering import plot_regimes as plot_regimes
     from lens_affect.plotting_steering import plot_scripts as plot_scripts
@@ -351,6 +352,7 @@ _HOME = {
     "plot_emotions": "plotting",
     "plot_inside": "plotting_steering",
     "plot_judged": "plotting_steering",
+    "plot_languages": "plotting_steering",
     "plot_learning": "plotting_tuning",
     "plot_methods": "plotting",
     "plot_onsets": "plotting_steering",

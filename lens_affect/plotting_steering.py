@@ -36,7 +36,13 @@ MEASURES = {
     "change": "achieved change of the residual stream, |x' - x| / |x|",
 }
 """What plot_dose draws, with its unit."""
-BOUNDS = {"repetition": (0, 1), "probability": (0, 1), "gain": (-1, 1)}
+BOUNDS = {
+    "repetition": (0, 1),
+    "probability": (0, 1),
+    "gain": (-1, 1),
+    "texts_with_foreign": (0, 1),
+    "texts_in_foreign": (0, 1),
+}
 """Values that a measure can have; others are at least 0."""
 TICKS = [m * 10.0**k for k in range(-3, 6) for m in (1, 2, 5)]
 """Of logarithmic axes."""
@@ -330,36 +336,52 @@ def plot_verification(found: Verification, *, title: str | None = None) -> go.Fi
 
 
 def plot_scripts(study: SteeringStudy, *, title: str | None = None) -> go.Figure:
-    """Share of texts with a letter of a script other than Latin, dose by dose, steered beside random directions.
+    """Share of texts with a letter of a script other than Latin, dose by dose, steered beside random directions, with intervals over topics.
 
     Args:
         study: of study_steering.
         title: a finding; by default the largest share.
     """
-    table, figure = study.script_table(), go.Figure()
-    plain = float(np.mean(np.asarray(table[table["kind"].isin(list(UNSTEERED))]["texts_with_foreign"], dtype=float)))
-    for kind, colour, dash in (("steered", "#0072B2", "solid"), ("random", "#000000", "dot")):
-        own = pd.DataFrame(table[table["kind"] == kind]).sort_values(by="strength")
-        if own.empty:
-            continue
-        figure.add_scatter(
-            x=own["strength"], y=own["texts_with_foreign"], mode="lines+markers", name=kind, line={"color": colour, "dash": dash},
-            hovertemplate=f"{kind} at %{{x:+g}}: %{{y:.2f}}<extra></extra>",
-        )  # fmt: skip
+    words = ("foreign letters in {} of the texts", "texts with foreign letters, share")
+    return _plot_foreign(study, study.script_table(), "texts_with_foreign", *words, title)
+
+
+def plot_languages(study: SteeringStudy, *, title: str | None = None) -> go.Figure:
+    """Share of texts that lingua calls another language than English, dose by dose, steered beside random directions, with intervals over topics.
+
+    Args:
+        study: of study_steering.
+        title: a finding; by default the largest share.
+
+    Raises:
+        ModuleNotFoundError: lingua is not installed.
+    """
+    words = ("{} of the texts in another language than English", "texts in another language than English, share")
+    return _plot_foreign(study, study.language_table(), "texts_in_foreign", *words, title)
+
+
+def _plot_foreign(
+    study: SteeringStudy, table: pd.DataFrame, column: str, finding: str, axis: str, title: str | None
+) -> go.Figure:
+    figure = go.Figure()
+    plain = float(np.mean(np.asarray(table[table["kind"].isin(list(UNSTEERED))][column], dtype=float)))
+    for kind, colour, dash in (("random", "#000000", "dot"), ("steered", "#0072B2", "solid")):
+        own = pd.DataFrame(table[table["kind"] == kind])
+        if len(own):
+            _draw_measure(figure, own, column, "random directions" if kind == "random" else kind, colour, dash)
     figure.add_hline(
         y=plain,
         line={"color": "#999999", "width": 1, "dash": "dash"},
-        annotation={"text": "unsteered", "font": {"size": 10}},
+        annotation={"text": "unsteered", "font": {"size": 11}},
     )
-    own = pd.DataFrame(table[table["kind"] == "steered"])
-    most = own.sort_values(by="texts_with_foreign").to_dict("records")[-1]
-    text = (
-        f"{study.dose.provenance.title}, {study.dose.name}<br>foreign letters in {most['texts_with_foreign']:.2f} of the texts at {most['strength']:+g}, "
-        f"in {plain:.2f} without steering"
-    )
-    set_layout(
-        figure, title or text, "strength (share of the residual stream's norm)", "texts with foreign letters, share"
-    )
+    own, random = (pd.DataFrame(table[table["kind"] == kind]) for kind in ("steered", "random"))
+    most = max(own.to_dict("records"), key=lambda row: row[column])
+    share = f"{most[column]:.2f} [{most[f'{column}_low']:.2f}, {most[f'{column}_high']:.2f}]"
+    where = f" (at {most['strength']:+g}, n = {most['n']})" if most[column] else f" (n = {most['n']} at each strength)"
+    against = f"under random directions at most {random[column].max():.2f}, " if len(random) else ""
+    text = f"{study.dose.provenance.title}, {study.dose.name}<br>{finding.format(f'at most {share}')}{where}; {against}{plain:.2f} without steering"
+    set_layout(figure, title or text, "strength (share of the residual stream's norm)", axis)
+    figure.update_yaxes(range=[-0.02, max(0.2, 1.05 * float(table[f"{column}_high"].max()))])
     return figure
 
 

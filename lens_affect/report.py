@@ -1,6 +1,7 @@
 """A sweep in, one offline HTML page out: no address is loaded from anywhere, and every text is escaped."""
 
 import html
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lens_affect.plotting_steering import (
     plot_dose,
     plot_inside,
     plot_judged,
+    plot_languages,
     plot_regimes,
     plot_scripts,
     plot_verification,
@@ -274,6 +276,8 @@ def _steering(sweep: Sweep) -> list[dict[str, Any]]:
         if study.verification is not None:
             figures.append(_html(plot_verification(study.verification)))
         figures.append(_html(plot_scripts(study)))
+        if importlib.util.find_spec("lingua"):  # an extra; scripts need none
+            figures.append(_html(plot_languages(study)))
         tables = [
             f"<details><summary>All cells of {html.escape(name)}</summary>{_round(study.regimes.table)}</details>"
         ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lens_affect.adapter import LensModel
@@ -23,7 +24,8 @@ from lens_affect.languages import TransferTable
 from lens_affect.meaning import MeaningTable, foreign_meaning
 from lens_affect.regimes import RegimeMap, classify_regimes, in_words
 from lens_affect.scenarios import Scenarios, load_scenarios
-from lens_affect.scripts import script_shares
+from lens_affect.scripts import script_shares, text_languages
+from lens_affect.statistics import cluster_means, mean_interval
 from lens_affect.vectors import EmotionVectors
 from lens_affect.verification import Verification, verify_steering
 
@@ -44,6 +46,10 @@ PARTS: dict[str, type] = {
     "inside": InsideOutside,
 }
 """Parts of a study, each a folder; all but the first three may be missing."""
+LANGUAGES = ("English", "Chinese", "Spanish", "French", "German", "Japanese", "Russian", "Arabic", "Hindi")
+"""Languages between which lingua chooses: English, and those of our word lists."""
+CONFIDENT = 0.8
+"""Smallest probability (among the candidates) at which a text counts as being in a language."""
 BOUNDARIES = "boundaries"
 """Folder with one more part per emotion that was bisected."""
 
@@ -77,16 +83,39 @@ class SteeringStudy:
 
     def script_table(self) -> pd.DataFrame:
         """Scripts of the texts, dose by dose: kind, strength, then one column per script with its mean share of letters, texts_with_foreign (share of texts with a
-        letter that is not Latin), n."""
+        letter that is not Latin) with `_low` and `_high` (95 %, t over groups of prompts), n."""
         shares = script_shares(self.dose.texts)
         names = [c for c in shares.columns if c != "n_letters"]
         foreign = shares[[c for c in names if c not in ("Latin", "Common")]].sum(axis=1).to_numpy() > 0
-        kind, strength = self.dose.column("kind"), self.dose.column("strength")
+        return self._by_dose(pd.DataFrame(shares[names]), foreign, "texts_with_foreign")
+
+    def language_table(self, candidates: Sequence[str] = LANGUAGES) -> pd.DataFrame:
+        """Languages of the texts, dose by dose, as lingua names them: kind, strength, one column per language with its share of texts, `undecided` (empty texts, and
+        those below CONFIDENT: noise has no language), texts_in_foreign (share in a language other than English) with `_low` and `_high` (95 %, t over groups of
+        prompts), n.
+
+        Args:
+            candidates: English names of languages to choose between.
+
+        Raises:
+            ModuleNotFoundError: lingua is not installed.
+        """
+        found = text_languages(self.dose.texts, candidates=candidates)
+        sure = found["confidence"].to_numpy(float) >= CONFIDENT
+        named = np.where(sure, found["language"].to_numpy(object), "undecided")
+        order = [*(c.lower() for c in candidates if c.lower() in named), "undecided"]
+        table = pd.DataFrame({name: (named == name).astype(float) for name in order})
+        return self._by_dose(table, ~np.isin(named, ("english", "undecided")), "texts_in_foreign")
+
+    def _by_dose(self, shares: pd.DataFrame, foreign: np.ndarray, name: str) -> pd.DataFrame:
+        kind, strength, group = (self.dose.column(c) for c in ("kind", "strength", "group"))
         rows = []
         for key in dict.fromkeys(zip(kind.tolist(), strength.tolist(), strict=True)):
             own = (kind == key[0]) & (strength == key[1])
-            row: dict[str, Any] = {"kind": key[0], "strength": key[1]} | dict(shares[names][own].mean())
-            rows.append(row | {"texts_with_foreign": float(foreign[own].mean()), "n": int(own.sum())})
+            row: dict[str, Any] = {"kind": key[0], "strength": key[1]} | dict(shares[own].mean())
+            limits = mean_interval(cluster_means(foreign[own].astype(float), group[own].tolist()))
+            row |= {name: float(foreign[own].mean()), f"{name}_low": max(0.0, float(limits.low))}
+            rows.append(row | {f"{name}_high": min(1.0, float(limits.high)), "n": int(own.sum())})
         return pd.DataFrame(rows)
 
     def samples(self, per_regime: int = 2) -> list[tuple[str, str]]:

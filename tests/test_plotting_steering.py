@@ -17,6 +17,7 @@ from lens_affect.plotting_steering import (
     plot_dose,
     plot_inside,
     plot_judged,
+    plot_languages,
     plot_onsets,
     plot_regimes,
     plot_scripts,
@@ -27,6 +28,7 @@ from lens_affect.results import Provenance
 from lens_affect.steering_study import SteeringStudy
 from lens_affect.verification import verify_steering
 from tests.test_regimes import CELLS, RULE, judged, planted
+from tests.test_steering_study import name_languages
 from tests.test_verification import judgement_of, swept
 
 
@@ -140,8 +142,22 @@ def test_scripts_are_drawn_dose_by_dose():
     assert foreign[0.4] == 1.0
     assert foreign[0.2] == 0.0
     assert (
-        "foreign letters in 1.00 of the texts at +0.4, in 0.00 without steering"
+        "foreign letters in at most 1.00 [1.00, 1.00] of the texts (at +0.4, n = 8); under random directions at most 0.00, 0.00 without steering"
         in plot_scripts(study).layout.title.text
+    )
+
+
+def test_languages_are_drawn_dose_by_dose(monkeypatch):
+    dose = planted(CELLS)
+    rows = dose.table.copy()
+    rows.loc[(rows["kind"] == "steered") & (rows["strength"] == 0.4) & (rows["prompt"] < 4), "text"] = "hola"
+    dose = replace(dose, table=rows)
+    study = SteeringStudy(dose, judged(dose, {}), classify_regimes(dose, thresholds=RULE))
+    monkeypatch.setattr("lens_affect.steering_study.text_languages", name_languages)
+    drawn = {d.name: d for d in plot_languages(study).data}
+    assert dict(zip(drawn["steered"].x, drawn["steered"].y, strict=True))[0.4] == 0.5
+    assert "at most 0.50 [0.00, 1.00] of the texts in another language than English (at +0.4, n = 8)" in (
+        plot_languages(study).layout.title.text
     )
 
 

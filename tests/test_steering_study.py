@@ -73,7 +73,8 @@ def test_it_comes_back_from_disk_with_and_without_the_parts_that_may_miss(study,
 
 def test_scripts_of_texts_are_shares_of_their_letters(study):
     table = study.script_table()
-    scripts = [c for c in table.columns if c not in ("kind", "strength", "texts_with_foreign", "n")]
+    scripts = [c for c in table.columns if c not in ("kind", "strength", "n") and not c.startswith("texts_with")]
+    assert (table["texts_with_foreign_low"] <= table["texts_with_foreign"]).all()
     assert table[scripts].sum(axis=1).to_numpy() == pytest.approx(1.0)
     assert table["n"].sum() == len(study.dose.table)
     # The tiny model writes Latin letters only; a planted foreign text is seen.
@@ -83,6 +84,33 @@ def test_scripts_of_texts_are_shares_of_their_letters(study):
     planted = replace(study, dose=replace(study.dose, table=rows)).script_table().set_index(["kind", "strength"])
     key = ("steered", float(rows["strength"][row]))
     assert planted.loc[key, "texts_with_foreign"] == pytest.approx(1 / planted.loc[key, "n"])
+
+
+def name_languages(texts, *, candidates):
+    """In the place of lingua, which is an extra: Spanish by its greeting, English otherwise, nothing sure of an empty text."""
+    assert candidates[0] == "English"
+    names = ["spanish" if "hola" in text else "english" if text else None for text in texts]
+    sure = [
+        float("nan") if name is None else 0.3 if "perhaps" in text else 0.9
+        for name, text in zip(names, texts, strict=True)
+    ]
+    return pd.DataFrame({"language": names, "confidence": sure})
+
+
+def test_languages_of_texts_are_shares_of_texts_and_what_is_not_sure_is_undecided(study, monkeypatch):
+    monkeypatch.setattr("lens_affect.steering_study.text_languages", name_languages)
+    rows = study.dose.table.copy()
+    at = rows.index[(rows["kind"] == "steered") & (rows["strength"] == 0.8)]
+    rows["text"] = "a text"
+    rows.loc[at[:3], "text"] = ["hola amigos", "hola perhaps", ""]
+    table = replace(study, dose=replace(study.dose, table=rows)).language_table()
+    row = table.set_index(["kind", "strength"]).loc[("steered", 0.8)]
+    n = len(at)
+    assert (row["spanish"], row["undecided"], row["english"]) == pytest.approx((1 / n, 2 / n, (n - 3) / n))
+    assert row["texts_in_foreign"] == pytest.approx(1 / n)
+    assert row["texts_in_foreign_low"] <= 1 / n <= row["texts_in_foreign_high"]
+    assert table[["english", "spanish", "undecided"]].sum(axis=1).to_numpy() == pytest.approx(1.0)
+    assert (table[table["kind"] != "steered"]["texts_in_foreign"] == 0).all()
 
 
 def test_samples_carry_the_damage_label_of_their_own_text(study):
