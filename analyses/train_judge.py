@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 
 import lens_affect as la
-from lens_affect.embedded_judge import ADAPTED, LINEARS, encoder_folder
+from lens_affect.embedded_judge import ADAPTED, LINEARS, EmbeddedJudge, encoder_folder
 from lens_affect.judge_labels import label_schemes, namings
 from lens_affect.statistics import derive_generator, derive_seed, mean_interval, resample_clusters
 
@@ -42,6 +42,7 @@ SHIPPED = HERE.parent / "lens_affect" / "data"
 SEED, RANK, HIDDEN, EPOCHS, BATCH, RATE = 0, 32, 256, 2, 32, 7e-4
 LONGEST = 64  # word pieces in training; all but three of the 43,410 comments are shorter
 CHECKED = 4  # every fourth row of the test split is what the tests recompute
+MELD_CHECKED = 16  # every sixteenth utterance of MELD
 log = logging.getLogger("train_judge")
 
 
@@ -397,12 +398,7 @@ def measure() -> None:
     embedded = outcome["judges"]["embedded"]
     cuts = judges["embedded"].thresholds.numpy()
     embedded["labels"], embedded["macro"] = label_scores(scores["embedded"], truth, cuts)
-    every, common = slice(None, None, CHECKED), truth[::CHECKED].sum(0) >= 20
-    embedded["check"] = {
-        "every": CHECKED,
-        "labels": [name for name, kept in zip(label_names(), common, strict=True) if kept],
-        "mean_auc": round(mean_auc(scores["embedded"][every][:, common], truth[every][:, common]), 4),
-    }
+    embedded["check"] = check_scores(scores["embedded"][::CHECKED], truth[::CHECKED], cuts)
     rows = single_rows(labels).numpy()
     said = scores["embedded"][rows][:, : len(label_names()) - 1].argmax(1)
     embedded["single_label"] = single_label_scores(said, truth[rows].argmax(1))
@@ -424,6 +420,18 @@ def label_scores(scores: np.ndarray, truth: np.ndarray, cuts: np.ndarray) -> tup
         for k, label in enumerate(label_names())
     }
     return found, {"n": len(truth), "auc": limits(auc.mean(1)), "f1": limits(f1.mean(1))}
+
+
+def check_scores(scores: np.ndarray, truth: np.ndarray, cuts: np.ndarray) -> dict[str, Any]:
+    """What a test finds again on every fourth row: mean AUC over the labels with 20 positives there, and F1 of every label."""
+    common, given = truth.sum(0) >= 20, scores >= cuts
+    f1 = f1_of((given & truth).sum(0), given.sum(0), truth.sum(0))
+    return {
+        "every": CHECKED,
+        "labels": [name for name, kept in zip(label_names(), common, strict=True) if kept],
+        "mean_auc": round(mean_auc(scores[:, common], truth[:, common]), 4),
+        "f1": {name: round(float(value), 4) for name, value in zip(label_names(), f1, strict=True)},
+    }
 
 
 def emotion_scores(judge: la.Judge, texts: list[str], truth: np.ndarray) -> dict[str, Any]:
@@ -487,18 +495,28 @@ def read_meld() -> pd.DataFrame:
 
 
 def meld_scores(judge: la.Judge, meld: pd.DataFrame) -> dict[str, Any]:
-    """AUC per emotion of MELD, with intervals over dialogues."""
+    """AUC per emotion of MELD, with intervals over dialogues; F1 where the judge has thresholds, those of GoEmotions: any label of the group is given."""
     texts = [str(text) if str(text).strip() else "." for text in meld["Utterance"]]
     scores = judge.score(texts).double().numpy()
     weights = np.vstack([np.ones(len(texts)), draws_over(meld["dialogue"].tolist(), "meld")])
-    found = {}
+    cuts = judge.thresholds.numpy() if isinstance(judge, EmbeddedJudge) else None
+    found, f1, check = {}, [], {}
     for emotion, names in GROUPS[judge.name].items():
         columns = scores[:, [judge.labels.index(name) for name in names.split()]]
         score = 1 - (1 - columns).prod(1) if judge.multi_label else columns.sum(1)
         truth = (meld["Emotion"] == emotion).to_numpy()
         auc = limits(weighted_auc(score, truth, weights))
         found[emotion] = {"auc": auc.pop("estimate"), **auc, "positives": int(truth.sum()), "n": len(texts)}
-    return found | {"dialogues": int(meld["dialogue"].nunique())}
+        if cuts is not None:
+            given = (columns >= cuts[[judge.labels.index(name) for name in names.split()]]).any(1)
+            f1.append(f1_of(weights @ (given & truth), weights @ given, weights @ truth))
+            found[emotion]["f1"] = limits(f1[-1])
+            some = slice(None, None, MELD_CHECKED)
+            check[emotion] = round(float(f1_of((given & truth)[some].sum(), given[some].sum(), truth[some].sum())), 4)
+    found["dialogues"] = int(meld["dialogue"].nunique())
+    if cuts is not None:
+        found |= {"macro_f1": limits(np.mean(f1, axis=0)), "check": {"every": MELD_CHECKED, "f1": check}}
+    return found
 
 
 def passage_scores(judge: la.Judge) -> dict[str, Any]:

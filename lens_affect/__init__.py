@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from lens_affect.contrasts import load_pairs as load_pairs
     from lens_affect.crosslingual import ScriptComparison as ScriptComparison
     from lens_affect.crosslingual import ScriptTable as ScriptTable
-    from lens_affect.crosslingual import compare_scripts as compare_scripts
     from lens_affect.crosslingual import script_entanglement as script_entanglement
     from lens_affect.damage import EqualDamage as EqualDamage
     from lens_affect.damage import equal_damage as equal_damage
@@ -114,8 +113,11 @@ if TYPE_CHECKING:
     from lens_affect.plotting_patching import plot_patching as plot_patching
     from lens_affect.plotting_patching import plot_positions as plot_positions
     from lens_affect.plotting_patching import plot_siblings as plot_siblings
+    from lens_affect.plotting_steering import plot_boundaries as plot_boundaries
     from lens_affect.plotting_steering import plot_dose as plot_dose
     from lens_affect.plotting_steering import plot_inside as plot_inside
+    from lens_affect.plotting_steering import plot_judged as plot_judged
+    from lens_affect.plotting_steering import plot_languages as plot_languages
     from lens_affect.plotting_steering import plot_onsets as plot_onsets
     from lens_affect.plotting_steering import plot_regimes as plot_regimes
     from lens_affect.plotting_steering import plot_scripts as plot_scripts
@@ -286,7 +288,6 @@ _HOME = {
     "compare_methods": "comparison",
     "compare_modules": "deltas",
     "compare_onsets": "boundaries",
-    "compare_scripts": "crosslingual",
     "correlate_inside": "inside",
     "count_parameters": "sizes",
     "curve_shape": "shapes",
@@ -344,11 +345,14 @@ _HOME = {
     "plan_delta": "delta_plans",
     "plan_tuning": "tuning_plans",
     "plot_anisotropy": "plotting",
+    "plot_boundaries": "plotting_steering",
     "plot_curves": "plotting",
     "plot_delta": "plotting_modules",
     "plot_dose": "plotting_steering",
     "plot_emotions": "plotting",
     "plot_inside": "plotting_steering",
+    "plot_judged": "plotting_steering",
+    "plot_languages": "plotting_steering",
     "plot_learning": "plotting_tuning",
     "plot_methods": "plotting",
     "plot_onsets": "plotting_steering",

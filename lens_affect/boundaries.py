@@ -21,7 +21,7 @@ from lens_affect.adapter import LensModel
 from lens_affect.doses import UNSTEERED, DoseResponse, sweep_strengths
 from lens_affect.judgements import judge_texts
 from lens_affect.judges import Judge
-from lens_affect.regimes import Thresholds, classify_regimes, damage_labels
+from lens_affect.regimes import Thresholds, classify_regimes, damage_labels, in_words
 from lens_affect.results import Provenance, load_result, save_result
 from lens_affect.scenarios import Scenarios
 from lens_affect.statistics import resample_clusters
@@ -119,7 +119,9 @@ class RegimeBoundaries:
         return load_result(cls, folder)
 
     def __str__(self) -> str:
-        parts = [f"{b.below} up to {b.low:.3g}, {b.above} from {b.high:.3g}" for b in self.boundaries]
+        parts = [
+            f"{in_words(b.below)} up to {b.low:.3g}, {in_words(b.above)} from {b.high:.3g}" for b in self.boundaries
+        ]
         n = int(self.table["n"].to_numpy()[0])
         return (
             f"{self.provenance.title}, {self.emotion}, {self.name}: {'; '.join(parts) or 'no boundary between the strengths tried'} "

@@ -22,7 +22,7 @@ from typing import IO, Literal
 
 import pandas as pd
 
-from lens_affect.gguf_reading import gguf_precision, reading_once
+from lens_affect.gguf_reading import gguf_precision, gguf_title, reading_once
 from lens_affect.results import atomic_folder, content_hash, file_sha256, full_disk_explained, remove_abandoned
 from lens_affect.tokenizer_files import save_tokenizer
 
@@ -427,9 +427,9 @@ def converted_gguf(gguf: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / CARD).is_file():
-            precision = gguf_precision(gguf)
+            precision, title = gguf_precision(gguf), gguf_title(gguf)
             try:
-                convert_gguf(gguf, folder, title=gguf.stem, source=str(gguf), precision=precision)
+                convert_gguf(gguf, folder, title=title, source=str(gguf), precision=precision)
             except (ValueError, KeyError) as error:
                 raise ValueError(
                     f"received {gguf}, which transformers cannot read ({error}); allowed are GGUF files of the architectures that it converts: load the "

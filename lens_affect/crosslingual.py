@@ -7,7 +7,7 @@ model then writes, is another question (scripts.script_shares measures it in tex
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pandas as pd
@@ -138,10 +138,34 @@ def middle_layer(vectors: EmotionVectors, layer: int | None) -> int:
     return chosen
 
 
+@overload
 def script_entanglement(
     model: Any, vectors: EmotionVectors, layer: int | None = None, *, k: int = 50, n_random: int = 20, seed: int = 0
-) -> ScriptTable:
-    """Scripts of the k tokens that each emotion vector raises most, against random directions and the vocabulary.
+) -> ScriptTable: ...
+
+
+@overload
+def script_entanglement(
+    *, base: ScriptTable, tuned: ScriptTable, margin: float = 0.05, n_flips: int = 4095, seed: int = 0
+) -> "ScriptComparison": ...
+
+
+def script_entanglement(
+    model: Any = None,
+    vectors: EmotionVectors | None = None,
+    layer: int | None = None,
+    *,
+    base: ScriptTable | None = None,
+    tuned: ScriptTable | None = None,
+    k: int = 50,
+    n_random: int = 20,
+    margin: float = 0.05,
+    n_flips: int = 4095,
+    seed: int = 0,
+) -> "ScriptTable | ScriptComparison":
+    """Scripts of the k tokens that each emotion vector raises most, against random directions and the vocabulary; or what tuning changed about them.
+
+    With `base` and `tuned`, the tables of two related models, their shares are compared, paired by emotion: does tuning suppress the foreign tokens?
 
     Random directions say what any direction of this residual stream brings up through this unembedding (rare tokens are over-represented
     there, whatever their script). They are no emotion-free contrast of texts: a share above theirs does not show that emotion is what
@@ -151,21 +175,40 @@ def script_entanglement(
         model: the model the vectors come from.
         vectors: unit directions; their length plays no part.
         layer: 0-based block; the middle one by default.
+        base: table of the base model, in the place of model and vectors.
+        tuned: table of the tuned one, with the same emotions and k.
         k: tokens per direction.
         n_random: draws of as many random directions as there are emotions; the smallest possible p is 1 / (1 + n_random).
-        seed: of the draws.
+        margin: largest difference that counts as none (two one-sided tests per script).
+        n_flips: sign flips behind the p of a difference.
+        seed: of the draws, or of the flips.
 
     Returns:
-        Shares with 95 % intervals over emotions (t), random directions' and the vocabulary's shares, and p-values corrected over scripts.
+        Of a model: shares with 95 % intervals over emotions (t), random directions' and the vocabulary's shares, and p-values corrected over scripts.
+        Of a pair: differences with intervals over emotions. "Not different" is not "the same": only `equivalent` says that. Two models differ by
+        more than their tuning if their vectors were read from texts of their own.
 
     Raises:
-        ValueError: vectors of another model, an unknown layer, k beyond the vocabulary, or fewer than one draw.
+        ValueError: vectors of another model, an unknown layer, k beyond the vocabulary, or fewer than one draw; a pair with other emotions or another
+            k; neither a model with its vectors nor a pair, or both.
 
     Source: the claim is that of arXiv:2604.04064 about Qwen; logit lens after nostalgebraist (2020).
 
     Example:
         >>> print(script_entanglement(model, vectors, 15))  # doctest: +SKIP
+        >>> print(script_entanglement(base=table, tuned=table_of_the_instruct_model))  # doctest: +SKIP
     """
+    if model is None and vectors is None and base is not None and tuned is not None:
+        return _compare(base, tuned, margin, n_flips, seed)
+    if model is None or vectors is None or base is not None or tuned is not None:
+        raise ValueError(
+            "received neither a model with its vectors nor a pair of tables, or both; allowed are script_entanglement(model, vectors), and of two such "
+            "tables script_entanglement(base=..., tuned=...)"
+        )
+    return _table(model, vectors, layer, k, n_random, seed)
+
+
+def _table(model: Any, vectors: EmotionVectors, layer: int | None, k: int, n_random: int, seed: int) -> ScriptTable:
     clock = Stopwatch()
     vectors.require_match(model_info(model).provenance)
     layer = middle_layer(vectors, layer)
@@ -271,25 +314,7 @@ class ScriptComparison:
         )
 
 
-def compare_scripts(
-    base: ScriptTable, tuned: ScriptTable, *, margin: float = 0.05, n_flips: int = 4095, seed: int = 0
-) -> ScriptComparison:
-    """Does tuning suppress the foreign tokens that emotion vectors bring up? Differences in share, paired by emotion.
-
-    Args:
-        base: of the base model.
-        tuned: of the tuned one, with the same emotions and k.
-        margin: largest difference that counts as none (two one-sided tests per script).
-        n_flips: sign flips behind p.
-        seed: of the flips.
-
-    Returns:
-        Differences with intervals over emotions. "Not different" is not "the same": only `equivalent` says that. Two models differ by
-        more than their tuning if their vectors were read from texts of their own.
-
-    Raises:
-        ValueError: other emotions or another k.
-    """
+def _compare(base: ScriptTable, tuned: ScriptTable, margin: float, n_flips: int, seed: int) -> ScriptComparison:
     if base.emotions != tuned.emotions or base.k != tuned.k:
         raise ValueError(
             f"received {len(base.emotions)} emotions with k={base.k} and {len(tuned.emotions)} with k={tuned.k}; allowed are equal ones in equal "

@@ -118,6 +118,12 @@ class DoseResponse:
         return self.column("nll").astype(float) - self.column("nll_unsteered").astype(float)
 
     @property
+    def perplexity_unit(self) -> str:
+        """What the perplexities are per, and under which model, in words."""
+        own = self.scorer == self.provenance.title
+        return f"per {self.unit}, under {'the unsteered model itself' if own else self.scorer}"
+
+    @property
     def repeats(self) -> Float[np.ndarray, " text"]:
         """1 where a text repeats more than its limit for that many tokens, 0 where it does not, NaN where it is too short to say."""
         repetition = self.column("repetition").astype(float)
@@ -153,7 +159,8 @@ class DoseResponse:
         return {key: np.array(rows) for key, rows in found.items()}
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per cell (kind, emotion, strength): every name of MEASURES with `_low` and `_high` (95 %, t over groups of prompts), n, n_empty."""
+        """One row per cell (kind, emotion, strength): every name of MEASURES with `_low` and `_high` (95 %, t over groups of prompts) and `_n` (texts that have a value), n
+        (texts), n_empty."""
         groups, rows = self.column("group"), []
         measured = {m: self.column(m).astype(float) for m in MEASURES[1:]} | {MEASURES[0]: self.log_ratio}
         for (kind, emotion, strength), members in self.cells().items():
@@ -167,6 +174,7 @@ class DoseResponse:
                 if measure == MEASURES[0]:
                     limits = [math.exp(x) for x in limits]
                 row |= dict(zip((measure, f"{measure}_low", f"{measure}_high"), limits, strict=True))
+                row[f"{measure}_n"] = int(np.isfinite(measured[measure][members]).sum())
             rows.append(row | {"n": len(members), "n_empty": int((self.column("n_tokens")[members] == 0).sum())})
         return pd.DataFrame(rows)
 
@@ -196,7 +204,7 @@ class DoseResponse:
         return (
             f"{self.provenance.title}, {self.name}: {len(self.emotions)} emotions x {len(self.strengths)} strengths at {layers}, "
             f"{len(self.prompts)} prompts of up to {self.longest} tokens, {len(self.table)} texts, {n_empty} empty\n"
-            f"strength: perplexity ratio, repeated 3-grams: {'; '.join(parts)}\n"
+            f"strength: ratio of perplexities ({self.perplexity_unit}), repeated 3-grams: {'; '.join(parts)}\n"
             f"the residual stream changes by up to {moved.max() if len(moved) else math.nan:.2f} of itself{equal}\n"
             f"without steering {self.base_rate:.2f} of the texts repeat more than 99 % of ordinary prose does"
         )

@@ -6,6 +6,7 @@ whole file three times for one model: for its config, its tokenizer and its weig
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,28 @@ def gguf_precision(path: Path) -> str | None:
         return "quantized"
     name = LlamaFileType(field.contents()).name.removeprefix("MOSTLY_")
     return None if name in ("ALL_F32", "F16", "BF16") else name
+
+
+def gguf_title(path: Path) -> str:
+    """The model's name as the file's header gives it, and "(GGUF)", such as `Qwen2.5-Coder-0.5B-Instruct (GGUF)`; the file's stem where it gives none.
+
+    Args:
+        path: GGUF file.
+
+    Raises:
+        ValueError: a file that is no GGUF, or is cut short.
+    """
+    reader = read_gguf(path)
+
+    def text(key: str) -> str:
+        field = reader.get_field(f"general.{key}")
+        return "" if field is None else str(field.contents()).strip()
+
+    # llama.cpp takes the hyphens out of general.name; the fields that it makes of the same name keep them.
+    parts = [part for key in ("basename", "size_label", "finetune") if (part := text(key))]
+    name = "-".join(parts) if text("basename") else text("name")
+    # What the weights were quantized with before is no part of the name: the precision is said beside it.
+    return f"{re.sub('[-_ ](awq|gptq|gguf)$', '', name, flags=re.IGNORECASE) or path.stem} (GGUF)"
 
 
 @contextlib.contextmanager

@@ -2,16 +2,19 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
-from lens_affect.boundaries import Onsets
+from lens_affect.boundaries import Onsets, RegimeBoundaries
 from lens_affect.doses import UNSTEERED, DoseResponse
 from lens_affect.inside import InsideOutside
-from lens_affect.regimes import REGIMES, RegimeMap, Thresholds
+from lens_affect.judgements import Judgement
+from lens_affect.regimes import REGIMES, REPETITIVE, RegimeMap, Thresholds, in_words, judged_cells
 from lens_affect.steering_study import SteeringStudy
 from lens_affect.style import EMOTION_COLOURS, EMOTION_MARKERS, draw_band, set_layout
 from lens_affect.verification import CRITERIA, Verification
@@ -33,6 +36,14 @@ MEASURES = {
     "change": "achieved change of the residual stream, |x' - x| / |x|",
 }
 """What plot_dose draws, with its unit."""
+BOUNDS = {
+    "repetition": (0, 1),
+    "probability": (0, 1),
+    "gain": (-1, 1),
+    "texts_with_foreign": (0, 1),
+    "texts_in_foreign": (0, 1),
+}
+"""Values that a measure can have; others are at least 0."""
 TICKS = [m * 10.0**k for k in range(-3, 6) for m in (1, 2, 5)]
 """Of logarithmic axes."""
 
@@ -51,54 +62,79 @@ def plot_dose(dose: DoseResponse, *, measure: str = "perplexity_ratio", title: s
     if measure not in MEASURES:
         raise ValueError(f"received measure={measure!r}; allowed are {list(MEASURES)}")
     cells, figure = dose.to_frame(), go.Figure()
-    start = 1.0 if measure == "perplexity_ratio" else 0.0
+    dashes = _dashes(dose.emotions)
     for emotion in dose.emotions:
-        own = pd.DataFrame(cells[(cells["kind"] == "steered") & (cells["emotion"] == emotion)]).sort_values(
-            by="strength"
+        own = cells[(cells["kind"] == "steered") & (cells["emotion"] == emotion)]
+        _draw_measure(
+            figure, pd.DataFrame(own), measure, emotion, EMOTION_COLOURS.get(emotion, "#7F7F7F"), dashes[emotion]
         )
-        colour = EMOTION_COLOURS.get(emotion, "#7F7F7F")
-        x, y = own["strength"].to_numpy(float), own[measure].to_numpy(float)
-        draw_band(
-            figure, x, own[f"{measure}_low"].to_numpy(float), own[f"{measure}_high"].to_numpy(float), colour, None, 0.12
-        )
-        figure.add_scatter(
-            x=x, y=y, mode="lines+markers", name=emotion, line={"color": colour},
-            marker={"symbol": EMOTION_MARKERS.get(emotion, "circle"), "size": 7},
-            hovertemplate=f"{emotion} at %{{x:+g}}: %{{y:.3f}}<extra></extra>",
-        )  # fmt: skip
-    random = pd.DataFrame(cells[cells["kind"] == "random"]).sort_values(by="strength")
+    random = pd.DataFrame(cells[cells["kind"] == "random"])
     if len(random):
-        figure.add_scatter(
-            x=random["strength"], y=random[measure], mode="lines", name="random directions", line={"color": "#000000", "dash": "dot"}
-        )  # fmt: skip
+        _draw_measure(figure, random, measure, "random directions", "#000000", "dot")
     lines = _thresholds(dose, measure)
     for name, value in lines.items():
         figure.add_hline(y=value, line={"color": "#999999", "width": 1, "dash": "dash"})
         # On a logarithmic axis the place of an annotation is the logarithm.
         figure.add_annotation(
             x=1, xref="paper", xanchor="right", y=math.log10(value) if measure == "perplexity_ratio" else value, yanchor="bottom",
-            text=name, showarrow=False, font={"size": 10},
+            text=name, showarrow=False, font={"size": 11}, bgcolor="rgba(255,255,255,0.7)",
         )  # fmt: skip
+    unit = f"<br>{dose.perplexity_unit}" if measure == "perplexity_ratio" else ""
     set_layout(
         figure,
         title or _dose_title(dose, cells, measure),
         "strength (share of the residual stream's norm; 0: unsteered)",
-        MEASURES[measure],
+        MEASURES[measure] + unit,
     )
     if measure == "perplexity_ratio":
-        figure.update_yaxes(type="log", tickvals=TICKS, ticktext=[f"{t:g}" for t in TICKS])
+        figure.update_yaxes(type="log")
+        if dose.unit == "token":  # ratios per byte span too little for these ticks
+            figure.update_yaxes(tickvals=TICKS, ticktext=[f"{t:g}" for t in TICKS])
     figure.add_vline(x=0, line={"color": "#CCCCCC", "width": 1})
-    figure.add_scatter(
-        x=[0], y=[start], mode="markers", marker={"color": "#7F7F7F", "symbol": "x"}, name="unsteered", showlegend=False
-    )
+    # The first unsteered text is what ratios are taken against.
+    plain = pd.DataFrame(cells[cells["kind"].isin(UNSTEERED)])[measure].to_numpy(float)
+    start = 1.0 if measure == "perplexity_ratio" else _average(plain, measure)
+    figure.add_scatter(x=[0], y=[start], mode="markers", marker={"color": "#000000", "symbol": "x", "size": 9}, name="unsteered")  # fmt: skip
     return figure
+
+
+def _draw_measure(
+    figure: go.Figure, own: pd.DataFrame, measure: str, name: str, colour: str, dash: str, **panel: Any
+) -> None:
+    """One line over strength with its interval; a random direction has no markers."""
+    own = own.sort_values(by="strength")
+    x, y = own["strength"].to_numpy(float), own[measure].to_numpy(float)
+    # Limits of a mean may lie where the measure has no values.
+    low, high = (own[f"{measure}_{end}"].to_numpy(float).clip(*BOUNDS.get(measure, (0, np.inf))) for end in ("low", "high"))  # fmt: skip
+    band = {key: value for key, value in panel.items() if key in ("row", "col")}
+    known = np.isfinite(low) & np.isfinite(high)
+    draw_band(figure, x[known], low[known], high[known], colour, None, 0.07 if dash == "dot" else 0.12, **band)
+    figure.add_scatter(
+        x=x, y=y, mode="lines" if dash == "dot" else "lines+markers", name=name, line={"color": colour, "dash": dash},
+        marker={"symbol": EMOTION_MARKERS.get(name, "circle"), "size": 7}, hovertemplate=f"{name} at %{{x:+g}}: %{{y:.3f}}<extra></extra>", **panel,
+    )  # fmt: skip
+
+
+def _dashes(emotions: Sequence[str]) -> dict[str, str]:
+    """Lines of emotions of one quadrant have one colour, and a dash each."""
+    seen, found = Counter(), {}
+    for emotion in emotions:
+        colour = EMOTION_COLOURS.get(emotion, "")
+        found[emotion] = ("solid", "dash", "longdash", "dashdot")[seen[colour] % 4]
+        seen[colour] += 1
+    return found
 
 
 def _thresholds(dose: DoseResponse, measure: str) -> dict[str, float]:
     limits = Thresholds.of(dose)
     if measure == "perplexity_ratio":
         return {"1 / r_ok": 1 / limits.r_ok, "r_ok": limits.r_ok, "r_high": limits.r_high}
-    return {"99 % of ordinary prose stays below": limits.repetition} if measure == "repetition" else {}
+    if measure != "repetition":
+        return {}
+    prose = float(dose.limits[-1])
+    said = f"99 % of ordinary prose of {dose.longest} tokens stays below {prose:.2f}"
+    floor = f"tuned floor {REPETITIVE:.2f} ({said})"
+    return {said if prose >= REPETITIVE else floor: limits.repetition}
 
 
 def _dose_title(dose: DoseResponse, cells: pd.DataFrame, measure: str) -> str:
@@ -120,6 +156,100 @@ def _dose_title(dose: DoseResponse, cells: pd.DataFrame, measure: str) -> str:
 def _average(values: np.ndarray, measure: str) -> float:
     known = values[np.isfinite(values)]
     return math.exp(float(np.log(known).mean())) if measure == "perplexity_ratio" else float(known.mean())
+
+
+def plot_judged(dose: DoseResponse, judgement: Judgement, *, title: str | None = None) -> go.Figure:
+    """What the judge sees of the target over strength: its probability, and its gain over random directions of the same strength, a colour per emotion.
+
+    Args:
+        dose: of sweep_strengths.
+        judgement: of `dose.texts`, in that order.
+        title: a finding; by default the largest gain, and in how many cells it lies above 0.
+
+    Raises:
+        ValueError: a judge that can name none of the emotions.
+    """
+    cells = judged_cells(dose, judgement)
+    if cells.empty:
+        raise ValueError(
+            f"received a judgement by {judgement.title}, which names none of {list(dose.emotions)}; use another judge"
+        )
+    against = "random directions" if cells["random"].notna().any() else "the unsteered texts"
+    heads = (f"probability (dotted: {against})", f"gain over {against}")
+    figure = make_subplots(rows=1, cols=2, subplot_titles=heads, horizontal_spacing=0.1)
+    dashes = _dashes(list(dict.fromkeys(cells["emotion"])))
+    for emotion, dash in dashes.items():
+        own = pd.DataFrame(cells[cells["emotion"] == emotion]).sort_values(by="strength")
+        colour = EMOTION_COLOURS.get(emotion, "#7F7F7F")
+        for column, name in enumerate(("probability", "gain"), start=1):
+            _draw_measure(figure, own, name, emotion, colour, dash, row=1, col=column, legendgroup=emotion, showlegend=column == 1)  # fmt: skip
+        figure.add_scatter(
+            x=own["strength"], y=own["random"].fillna(own["unsteered"]), mode="lines", showlegend=False, line={"color": colour, "dash": "dot"},
+            hovertemplate=f"{emotion} under {against} at %{{x:+g}}: %{{y:.3f}}<extra></extra>", row=1, col=1,
+        )  # fmt: skip
+    figure.add_hline(y=0, line={"color": "#000000", "dash": "dot", "width": 1.5}, row=1, col=2)  # pyright: ignore[reportArgumentType]
+    best = cells.sort_values(by="gain").to_dict("records")[-1]
+    above = int((cells["gain_low"] > 0).sum())
+    text = (
+        f"{dose.provenance.title}, {judgement.title}<br>largest gain over {against}: {best['emotion']} {best['gain']:+.2f} [{best['gain_low']:+.2f}, "
+        f"{best['gain_high']:+.2f}] at {best['strength']:+g}; above 0 in {above} of {len(cells)} cells"
+    )
+    set_layout(
+        figure, title or text, "strength (share of the residual norm)", "probability of the target (bands: 95 %)"
+    )
+    figure.update_yaxes(title_text="difference in probability (bands: 95 %)", row=1, col=2)
+    figure.update_layout(margin_t=130)  # room for the panels' own titles
+    figure.update_annotations(font_size=13)
+    return figure
+
+
+def plot_boundaries(found: Sequence[RegimeBoundaries], *, title: str | None = None) -> go.Figure:
+    """Every strength that a bisection tried, coloured by its regime, a row per emotion; grey: the brackets in which one regime gives way to another.
+
+    Args:
+        found: of locate_boundaries, of one model.
+        title: a finding; by default all boundaries.
+
+    Raises:
+        ValueError: nothing to draw.
+    """
+    if not found:
+        raise ValueError("received no boundaries; use locate_boundaries, or study_steering(..., bisected=[...])")
+    figure, seen = go.Figure(), set()
+    for row, one in enumerate(found):
+        for edge in one.boundaries:
+            figure.add_shape(
+                type="rect", x0=edge.low, x1=edge.high, y0=row - 0.22, y1=row + 0.22, fillcolor="#DDDDDD", line={"color": "#FFFFFF", "width": 3}, layer="below"
+            )  # fmt: skip
+            figure.add_annotation(
+                x=math.log10(math.sqrt(edge.low * edge.high)), y=row + 0.24, yanchor="bottom", showarrow=False, font={"size": 11},
+                text=f"{edge.low:.3g} to {edge.high:.3g}",
+            )  # fmt: skip
+        for regime, part in one.table.groupby("regime", sort=False):
+            figure.add_scatter(
+                x=part["strength"], y=[row] * len(part), mode="markers", name=in_words(str(regime)), showlegend=regime not in seen, legendgroup=str(regime),
+                marker={"color": REGIME_COLOURS[str(regime)], "size": 13, "line": {"color": "#444444", "width": 1}}, customdata=part["p"],
+                hovertemplate=f"{one.emotion} at %{{x:.3g}}: {in_words(str(regime))}, probability %{{customdata:.2f}}<extra></extra>",
+            )  # fmt: skip
+            seen.add(regime)
+    n = int(found[0].table["n"].to_numpy()[0])
+    set_layout(
+        figure,
+        title or "<br>".join([f"{found[0].provenance.title}, {found[0].name}", *map(_told, found)]),
+        f"strength (share of the residual stream's norm); {n} texts at each, grey: bracket of a boundary",
+        "",
+    )
+    figure.update_xaxes(type="log", tickvals=TICKS, ticktext=[f"{t:g}" for t in TICKS])
+    figure.update_yaxes(tickvals=list(range(len(found))), ticktext=[one.emotion for one in found], range=[-0.6, len(found) - 0.4])  # fmt: skip
+    height = 90 * len(found)
+    margin = figure.to_dict()["layout"]["margin"]
+    figure.update_layout(height=height + margin["t"] + margin["b"], legend_y=-70 / height)
+    return figure
+
+
+def _told(one: RegimeBoundaries) -> str:
+    parts = [f"{in_words(b.below)} to {in_words(b.above)} at {b.low:.3g} to {b.high:.3g}" for b in one.boundaries]
+    return f"{one.emotion}: {'; '.join(parts) or 'no boundary between the strengths tried'}"
 
 
 def plot_regimes(found: RegimeMap, *, title: str | None = None) -> go.Figure:
@@ -147,12 +277,12 @@ def plot_regimes(found: RegimeMap, *, title: str | None = None) -> go.Figure:
     figure = go.Figure(
         go.Heatmap(
             z=code, x=columns, y=emotions, text=text, texttemplate="%{text}", zmin=-0.5, zmax=len(names) - 0.5, colorscale=edges, xgap=2, ygap=2,
-            colorbar={"tickvals": list(range(len(names))), "ticktext": [n.replace("_", " ") for n in names]},
+            colorbar={"tickvals": list(range(len(names))), "ticktext": list(map(in_words, names))},
             hovertemplate="%{y} at %{x}: probability %{text}<extra></extra>",
         )
     )  # fmt: skip
     counts = Counter(str(regime) for regime in own["regime"])
-    most = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in counts.most_common())
+    most = ", ".join(f"{in_words(name)} {n}" for name, n in counts.most_common())
     head = f"{found.provenance.title}, {found.name}"
     set_layout(
         figure,
@@ -206,36 +336,52 @@ def plot_verification(found: Verification, *, title: str | None = None) -> go.Fi
 
 
 def plot_scripts(study: SteeringStudy, *, title: str | None = None) -> go.Figure:
-    """Share of texts with a letter of a script other than Latin, dose by dose, steered beside random directions.
+    """Share of texts with a letter of a script other than Latin, dose by dose, steered beside random directions, with intervals over topics.
 
     Args:
         study: of study_steering.
         title: a finding; by default the largest share.
     """
-    table, figure = study.script_table(), go.Figure()
-    plain = float(np.mean(np.asarray(table[table["kind"].isin(list(UNSTEERED))]["texts_with_foreign"], dtype=float)))
-    for kind, colour, dash in (("steered", "#0072B2", "solid"), ("random", "#000000", "dot")):
-        own = pd.DataFrame(table[table["kind"] == kind]).sort_values(by="strength")
-        if own.empty:
-            continue
-        figure.add_scatter(
-            x=own["strength"], y=own["texts_with_foreign"], mode="lines+markers", name=kind, line={"color": colour, "dash": dash},
-            hovertemplate=f"{kind} at %{{x:+g}}: %{{y:.2f}}<extra></extra>",
-        )  # fmt: skip
+    words = ("foreign letters in {} of the texts", "texts with foreign letters, share")
+    return _plot_foreign(study, study.script_table(), "texts_with_foreign", *words, title)
+
+
+def plot_languages(study: SteeringStudy, *, title: str | None = None) -> go.Figure:
+    """Share of texts that lingua calls another language than English, dose by dose, steered beside random directions, with intervals over topics.
+
+    Args:
+        study: of study_steering.
+        title: a finding; by default the largest share.
+
+    Raises:
+        ModuleNotFoundError: lingua is not installed.
+    """
+    words = ("{} of the texts in another language than English", "texts in another language than English, share")
+    return _plot_foreign(study, study.language_table(), "texts_in_foreign", *words, title)
+
+
+def _plot_foreign(
+    study: SteeringStudy, table: pd.DataFrame, column: str, finding: str, axis: str, title: str | None
+) -> go.Figure:
+    figure = go.Figure()
+    plain = float(np.mean(np.asarray(table[table["kind"].isin(list(UNSTEERED))][column], dtype=float)))
+    for kind, colour, dash in (("random", "#000000", "dot"), ("steered", "#0072B2", "solid")):
+        own = pd.DataFrame(table[table["kind"] == kind])
+        if len(own):
+            _draw_measure(figure, own, column, "random directions" if kind == "random" else kind, colour, dash)
     figure.add_hline(
         y=plain,
         line={"color": "#999999", "width": 1, "dash": "dash"},
-        annotation={"text": "unsteered", "font": {"size": 10}},
+        annotation={"text": "unsteered", "font": {"size": 11}},
     )
-    own = pd.DataFrame(table[table["kind"] == "steered"])
-    most = own.sort_values(by="texts_with_foreign").to_dict("records")[-1]
-    text = (
-        f"{study.dose.provenance.title}, {study.dose.name}<br>foreign letters in {most['texts_with_foreign']:.2f} of the texts at {most['strength']:+g}, "
-        f"in {plain:.2f} without steering"
-    )
-    set_layout(
-        figure, title or text, "strength (share of the residual stream's norm)", "texts with foreign letters, share"
-    )
+    own, random = (pd.DataFrame(table[table["kind"] == kind]) for kind in ("steered", "random"))
+    most = max(own.to_dict("records"), key=lambda row: row[column])
+    share = f"{most[column]:.2f} [{most[f'{column}_low']:.2f}, {most[f'{column}_high']:.2f}]"
+    where = f" (at {most['strength']:+g}, n = {most['n']})" if most[column] else f" (n = {most['n']} at each strength)"
+    against = f"under random directions at most {random[column].max():.2f}, " if len(random) else ""
+    text = f"{study.dose.provenance.title}, {study.dose.name}<br>{finding.format(f'at most {share}')}{where}; {against}{plain:.2f} without steering"
+    set_layout(figure, title or text, "strength (share of the residual stream's norm)", axis)
+    figure.update_yaxes(range=[-0.02, max(0.2, 1.05 * float(table[f"{column}_high"].max()))])
     return figure
 
 

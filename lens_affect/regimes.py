@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -26,7 +26,7 @@ from lens_affect.judgements import Judgement
 from lens_affect.results import Provenance, load_result, save_result
 from lens_affect.scenarios import load_scenarios
 from lens_affect.statistics import cluster_means, mean_interval, resample_clusters
-from lens_affect.steering import make_push
+from lens_affect.steering import Protocol, make_push
 from lens_affect.vectors import EmotionVectors
 
 DAMAGE = {
@@ -44,14 +44,21 @@ REGIMES = {
     "undecided": "sound texts, and no judge that can name the emotion",
 }
 """What can be said of a cell."""
+
+
 R_OK = 1.5
-"""Smallest upper end of the band in which a perplexity ratio is called unchanged."""
+"""Smallest upper end of the band in which a ratio of perplexities per token is called unchanged."""
 CHANCE = 0.975
 """Quantile of the ratios between two unsteered texts of one prompt that the band covers."""
 
 
 REPETITIVE = 0.1
 """Repeated share of 3-grams that no text is called repetitive below: tuned on one half of the labelled texts (data/regime_texts.md)."""
+
+
+def in_words(label: str) -> str:
+    """A label as a reader's words: `repetitive_collapse` is repetitive collapse."""
+    return label.replace("_", " ")
 
 
 @dataclass(frozen=True)
@@ -64,15 +71,31 @@ class Thresholds:
     """Perplexity ratio above which a text is called explosive: r_ok squared."""
     repetition: float
     """Repeated share above which a text is called repetitive: what 99 % of ordinary texts of full length stay below, and at least REPETITIVE."""
+    unit: str = "token"
+    """What the perplexities behind the ratios are per: `token`, or `byte` under a scorer with another tokenizer."""
 
     @classmethod
     def of(cls, dose: DoseResponse) -> "Thresholds":
-        """From the two unsteered samples of every prompt, and from ordinary prose."""
+        """From the two unsteered samples of every prompt, and from ordinary prose.
+
+        R_OK is a ratio of perplexities per token. A log perplexity per byte is smaller by the bytes per token, so under a scorer with another tokenizer the
+        band is at least R_OK ** (1 / bytes per token), with the steered model's own tokens in its unsteered texts: those that R_OK was tuned on, and
+        the same ones whichever scorer reads.
+        """
         first, again = (dose.column("nll")[dose.column("kind") == kind].astype(float) for kind in UNSTEERED)
         ratios = np.exp(np.concatenate([again - first, first - again]))
         ratios = ratios[np.isfinite(ratios)]
-        r_ok = max(R_OK, float(np.quantile(ratios, CHANCE))) if len(ratios) else R_OK
-        return cls(r_ok, r_ok**2, max(float(dose.limits[-1]), REPETITIVE))
+        least = R_OK if dose.unit == "token" else R_OK ** (1 / _bytes_per_token(dose))
+        r_ok = max(least, float(np.quantile(ratios, CHANCE))) if len(ratios) else least
+        return cls(r_ok, r_ok**2, max(float(dose.limits[-1]), REPETITIVE), dose.unit)
+
+
+def _bytes_per_token(dose: DoseResponse) -> float:
+    plain = np.isin(dose.column("kind"), UNSTEERED)
+    n_bytes = sum(len(text.encode()) for text in dose.column("text")[plain])
+    return max(
+        1.0, n_bytes / max(1, int(dose.column("n_tokens")[plain].sum()))
+    )  # 1 where every unsteered text is empty
 
 
 def damage_of(perplexity_ratio: float, repetition: float, thresholds: Thresholds, *, limit: float | None = None) -> str:
@@ -138,6 +161,8 @@ class RegimeMap:
     """Name of the prompts."""
     provenance: Provenance
     """Of the dose-response."""
+    protocol: str = "lens_affect"
+    """Whose rule: ours, or `jeong2026`, which uses no thresholds."""
 
     def to_frame(self) -> pd.DataFrame:
         """The table."""
@@ -176,12 +201,14 @@ class RegimeMap:
         parts = []
         for strength in self.strengths:
             counts = Counter(own["regime"].to_numpy()[own["strength"].to_numpy() == strength].tolist())
-            parts.append(f"{strength:+g}: {', '.join(f'{name} {n}' for name, n in counts.most_common())}")
+            parts.append(f"{strength:+g}: {', '.join(f'{in_words(name)} {n}' for name, n in counts.most_common())}")
+        head = f"{self.provenance.title}, {self.name}: regimes of {len(set(own['emotion']))} emotions at {len(self.strengths)} strengths"
+        if self.protocol == "jeong2026":
+            return f"{head} by the rule in the paper's code, which takes no perplexity and no judge\n{'; '.join(parts)}"
         return (
-            f"{self.provenance.title}, {self.name}: regimes of {len(set(own['emotion']))} emotions at {len(self.strengths)} strengths "
-            f"({f'judge: {self.judge}, {self.null}' if self.judge else 'no judge'})\n"
+            f"{head} ({f'judge: {self.judge}, {self.null}' if self.judge else 'no judge'})\n"
             f"{'; '.join(parts)}\n"
-            f"ratio unchanged up to {self.thresholds.r_ok:.2f}, explosive above {self.thresholds.r_high:.2f}; repetitive above "
+            f"ratio of perplexities per {self.thresholds.unit} unchanged up to {self.thresholds.r_ok:.2f}, explosive above {self.thresholds.r_high:.2f}; repetitive above "
             f"{self.thresholds.repetition:.3f} of 3-grams; {self.base_rate:.2f} of unsteered texts loop by themselves"
         )
 
@@ -195,6 +222,7 @@ def classify_regimes(
     judgement: Judgement | None = None,
     *,
     thresholds: Thresholds | None = None,
+    protocol: str = "lens_affect",
     n_resamples: int = 2000,
 ) -> RegimeMap:
     """Regime of every cell by the table of damage labels, with bootstrap probabilities.
@@ -207,17 +235,27 @@ def classify_regimes(
         dose: of sweep_strengths.
         judgement: of `dose.texts`, in that order; None leaves sound cells undecided.
         thresholds: by default Thresholds.of(dose).
+        protocol: `jeong2026` takes the rule in the paper's code in the place of ours, on the texts of each cell (jeong_regime); the judge's gains are
+            stated and decide nothing.
         n_resamples: draws of whole groups behind the probabilities.
 
     Raises:
-        ValueError: a judgement of other texts.
+        ValueError: a judgement of other texts, an unknown protocol, or thresholds for a protocol that has none.
     """
+    if protocol not in get_args(Protocol):
+        raise ValueError(f"received protocol={protocol!r}; allowed are {list(get_args(Protocol))}")
+    if protocol == "jeong2026" and thresholds is not None:
+        raise ValueError(
+            "received thresholds with protocol='jeong2026', whose rule has none; allowed there is thresholds=None"
+        )
     limits = thresholds or Thresholds.of(dose)
     if judgement is not None and len(judgement.probabilities) != len(dose.table):
         raise ValueError(
             f"received a judgement of {len(judgement.probabilities)} texts for {len(dose.table)}; use judge_texts(judge, dose.texts)"
         )
-    damage = damage_labels(dose, limits)
+    damage = (
+        damage_labels(dose, limits) if protocol == "lens_affect" else np.array([_jeong_label(t) for t in dose.texts])
+    )
     cells, groups = dose.cells(), dose.column("group")
     log_ratio, repetition, change = (
         dose.log_ratio,
@@ -231,12 +269,12 @@ def classify_regimes(
         gain = _gain(dose, judgement, cells, kind, emotion, strength)
         row: dict[str, Any] = {"kind": kind, "emotion": emotion, "strength": strength}
         labels, of_group = damage[members], groups[members]
-        row["regime"] = _regime(labels, _lowest(gain, of_group))
+        row["regime"] = _regime(labels, _lowest(gain, of_group), protocol)
         row["perplexity_ratio"] = math.exp(_mean(log_ratio[members]))
         row |= {"repetition": _mean(repetition[members]), "change": _mean(change[members])}
         row |= dict(zip(("gain", "gain_low", "gain_high"), _limits(gain, of_group), strict=True))
         row |= {f"share_{name}": float((labels == name).mean()) for name in DAMAGE}
-        row |= _probabilities(labels, gain, of_group, n_resamples, dose.seed)
+        row |= _probabilities(labels, gain, of_group, n_resamples, dose.seed, protocol)
         rows.append(row | {"n": len(members)})
     return RegimeMap(
         table=pd.DataFrame(rows),
@@ -248,6 +286,7 @@ def classify_regimes(
         layers=dose.layers,
         name=dose.name,
         provenance=dose.provenance,
+        protocol=protocol,
     )
 
 
@@ -256,7 +295,14 @@ def damage_labels(dose: DoseResponse, thresholds: Thresholds) -> np.ndarray:
 
     A text's perplexity is taken against the unsteered text of its prompt, or against the mean of all unsteered texts where that is empty. Logits that are
     not finite make it invalid.
+
+    Raises:
+        ValueError: thresholds of another unit than the perplexities.
     """
+    if thresholds.unit != dose.unit:
+        raise ValueError(
+            f"received thresholds per {thresholds.unit} for perplexities per {dose.unit}; use Thresholds.of(dose), or your own with unit={dose.unit!r}"
+        )
     plain = dose.column("nll").astype(float)[dose.column("kind") == UNSTEERED[0]]
     usual = _mean(plain)
     base = np.where(
@@ -273,6 +319,33 @@ def damage_labels(dose: DoseResponse, thresholds: Thresholds) -> np.ndarray:
             for r, x, limit in zip(ratios.tolist(), repetition.tolist(), limits, strict=True)
         ]
     )
+
+
+def judged_cells(dose: DoseResponse, judgement: Judgement) -> pd.DataFrame:
+    """What the judge sees of the target in every steered cell, and of the same target under random directions and without steering.
+
+    Args:
+        dose: of sweep_strengths.
+        judgement: of `dose.texts`, in that order.
+
+    Returns:
+        One row per steered cell that the judge can name: emotion, strength, probability with `_low` and `_high` (95 %, t over groups of prompts), random and
+        unsteered (mean probability of the same emotion there; random is NaN where none was run), gain with `_low` and `_high` (as in classify_regimes), n.
+    """
+    cells, groups, rows = dose.cells(), dose.column("group"), []
+    plain = np.isin(dose.column("kind"), UNSTEERED)
+    for (kind, emotion, strength), members in cells.items():
+        gain = _gain(dose, judgement, cells, kind, emotion, strength) if kind == "steered" else None
+        if gain is None:
+            continue
+        probability = judgement.probability(emotion).double().numpy()
+        row: dict[str, Any] = {"emotion": emotion, "strength": strength}
+        for name, values in (("probability", probability[members]), ("gain", gain)):
+            limits = _limits(values, groups[members])
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), limits, strict=True))
+        row["random"] = _mean(probability[cells.get(("random", "", strength), np.array([], dtype=int))])
+        rows.append(row | {"unsteered": _mean(probability[plain]), "n": len(members)})
+    return pd.DataFrame(rows)
 
 
 def _gain(
@@ -311,14 +384,19 @@ def _mean(values: np.ndarray) -> float:
     return float(known.mean()) if len(known) else math.nan
 
 
-def _regime(labels: np.ndarray, gain_low: float | None) -> str:
+def _regime(labels: np.ndarray, gain_low: float | None, protocol: str = "lens_affect") -> str:
     counts = np.array([[(labels == name).sum() for name in DAMAGE]])
-    return str(_regimes(counts, np.array([math.nan if gain_low is None else gain_low]))[0])
+    return str(_regimes(counts, np.array([math.nan if gain_low is None else gain_low]), protocol)[0])
 
 
-def _regimes(counts: Int[np.ndarray, "draw label"], gain_low: Float[np.ndarray, " draw"]) -> np.ndarray:
+def _regimes(counts: Int[np.ndarray, "draw label"], gain_low: Float[np.ndarray, " draw"], protocol: str) -> np.ndarray:
     """Regime by counts of damage labels (in DAMAGE's order) and the lower limit of the gain."""
     names = np.array(list(DAMAGE))
+    if protocol == "jeong2026":
+        loops, short = (
+            counts[:, names == name].sum(1) / counts.sum(1) for name in ("repetitive_collapse", "explosive")
+        )
+        return np.where(loops > 0.5, "repetitive_collapse", np.where(short > 0.3, "explosive", "surgical"))
     worst = names[1:][counts[:, 1:].argmax(1)]  # the first, worse one of equals
     of_sound = np.where(np.isnan(gain_low), "undecided", np.where(gain_low > 0, "surgical", "inert"))
     mostly_invalid = 2 * counts[:, 0] > counts.sum(1)
@@ -326,7 +404,7 @@ def _regimes(counts: Int[np.ndarray, "draw label"], gain_low: Float[np.ndarray, 
 
 
 def _probabilities(
-    labels: np.ndarray, gain: np.ndarray | None, groups: np.ndarray, n_resamples: int, seed: int
+    labels: np.ndarray, gain: np.ndarray | None, groups: np.ndarray, n_resamples: int, seed: int, protocol: str
 ) -> dict[str, float]:
     """Share of resamples of whole groups in which each regime comes out; a group that is drawn twice counts as two."""
     names = list(dict.fromkeys(groups.tolist()))
@@ -340,7 +418,7 @@ def _probabilities(
             warnings.simplefilter("ignore", RuntimeWarning)  # draws without a value stay NaN
             half = stats.t.ppf(0.975, known - 1) * np.nanstd(means, axis=1, ddof=1) / np.sqrt(known)
             lowest = np.nanmean(means, axis=1) - half
-    found = _regimes(counts[drawn].sum(1), lowest)
+    found = _regimes(counts[drawn].sum(1), lowest, protocol)
     return {f"p_{name}": float((found == name).mean()) for name in REGIMES}
 
 
@@ -350,11 +428,14 @@ def jeong_regime(texts: Sequence[str]) -> str:
     More than half of the samples with some whitespace-token 3-gram at least three times: repetitive_collapse; else more than 30 % with fewer than three
     whitespace tokens: explosive; else surgical.
     """
-    words = [text.split() for text in texts]
-    loops = [max(Counter(zip(w, w[1:], w[2:], strict=False)).values(), default=0) >= 3 for w in words]
-    if sum(loops) > 0.5 * len(texts):
+    return _regime(np.array([_jeong_label(text) for text in texts]), None, "jeong2026")
+
+
+def _jeong_label(text: str) -> str:
+    words = text.split()
+    if max(Counter(zip(words, words[1:], words[2:], strict=False)).values(), default=0) >= 3:
         return "repetitive_collapse"
-    return "explosive" if sum(len(w) < 3 for w in words) > 0.3 * len(texts) else "surgical"
+    return "explosive" if len(words) < 3 else "sound"
 
 
 def run_jeong_regime(

@@ -1,6 +1,7 @@
 """A sweep in, one offline HTML page out: no address is loaded from anywhere, and every text is escaped."""
 
 import html
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,21 @@ from lens_affect.plotting import (
     plot_valence_arousal,
 )
 from lens_affect.plotting_patching import plot_patching, plot_positions, plot_siblings
-from lens_affect.plotting_steering import plot_dose, plot_regimes, plot_scripts, plot_verification
+from lens_affect.plotting_steering import (
+    plot_boundaries,
+    plot_dose,
+    plot_inside,
+    plot_judged,
+    plot_languages,
+    plot_regimes,
+    plot_scripts,
+    plot_verification,
+)
 from lens_affect.results import write_text_atomically
 from lens_affect.scorecard import make_scorecard
 from lens_affect.scores import SCORES
 from lens_affect.shapes import MINIMUM_LAYERS
+from lens_affect.steering_study import SteeringStudy
 from lens_affect.sweeps import Sweep
 
 _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
@@ -254,13 +265,19 @@ def _steering(sweep: Sweep) -> list[dict[str, Any]]:
             "An emotion's direction is added at one layer in doses that are shares of the residual stream's norm. A text's perplexity is taken against the "
             "unsteered text of the same prompt, under the unsteered model; a cell is surgical where its texts are sound and an external classifier sees more of "
             "the target than under random directions of the same dose.",
-            *str(study).replace("_", " ").splitlines(),
+            *str(study).splitlines(),
         ]
         figures = [_html(plot_dose(study.dose, measure=m)) for m in ("perplexity_ratio", "repetition")]
         figures.append(_html(plot_regimes(study.regimes)))
+        if set(study.dose.emotions) & set(study.judgement.emotions):
+            figures.append(_html(plot_judged(study.dose, study.judgement)))
+        if study.boundaries:
+            figures.append(_html(plot_boundaries(study.boundaries)))
         if study.verification is not None:
             figures.append(_html(plot_verification(study.verification)))
         figures.append(_html(plot_scripts(study)))
+        if importlib.util.find_spec("lingua"):  # an extra; scripts need none
+            figures.append(_html(plot_languages(study)))
         tables = [
             f"<details><summary>All cells of {html.escape(name)}</summary>{_round(study.regimes.table)}</details>"
         ]
@@ -271,8 +288,6 @@ def _steering(sweep: Sweep) -> list[dict[str, Any]]:
         for found in study.boundaries:
             words = f"Strengths tried on the way to the boundaries of {html.escape(found.emotion)}"
             tables.append(f"<details><summary>{words}</summary>{_round(found.to_frame())}</details>")
-        for part in (study.scripts, study.meaning):
-            texts += str(part).splitlines() if part is not None else []
         sections.append(
             {
                 "title": f"What happens when you push: {name}",
@@ -282,7 +297,47 @@ def _steering(sweep: Sweep) -> list[dict[str, Any]]:
                 "tables": tables,
             }
         )
+        sections += [_crosslingual(name, study), _inside(name, study)]
     return sections
+
+
+def _crosslingual(name: str, study: SteeringStudy) -> dict[str, Any]:
+    parts = (study.scripts, study.meaning, study.transfer)
+    if not any(parts):
+        return {}
+    tables = []
+    if study.scripts is not None:
+        found = study.scripts.to_frame()
+        # Scripts that neither the vectors nor random directions bring up fill a page with zeros.
+        tables.append("<h3>Scripts of the tokens that the vectors raise</h3>" + _round(pd.DataFrame(found[(found["share"] > 0) | (found["random"] > 0)])))  # fmt: skip
+    if study.meaning is not None:
+        columns = ["language", "effect", "low", "high", "p_family", "control_effect", "control_p_family", "own_top", "others_top", "n_emotions", "n_words", "verdict"]  # fmt: skip
+        tables.append("<h3>Do foreign words of an emotion stand higher under its vector?</h3>" + _round(pd.DataFrame(study.meaning.table[columns])))  # fmt: skip
+    if study.transfer is not None:
+        found = study.transfer.to_frame()
+        found = found[found["layer"] == study.transfer.best_layer]
+        columns = ["source", "target", "accuracy", "low", "high", "null_mean", "p_family", "cosine_disjoint", "corrected", "tokens_per_word", "n"]  # fmt: skip
+        tables.append("<h3>Vectors of one language used in another</h3>" + _round(pd.DataFrame(found[columns])))
+    return {
+        "title": f"Other languages: {name}",
+        "texts": [line for part in parts if part is not None for line in str(part).splitlines()],
+        "tables": tables,
+    }
+
+
+def _inside(name: str, study: SteeringStudy) -> dict[str, Any]:
+    if study.inside is None:
+        return {}
+    return {
+        "title": f"Behaviour and inside together: {name}",
+        "texts": [
+            "The judge sees a text alone; vectors from other texts than those that steered see the unsteered model while it reads the same text. The "
+            "correlation is taken within each dose, so that the dose, which drives both, explains nothing.",
+            *str(study.inside).splitlines(),
+        ],
+        "figures": [_html(plot_inside(study.inside))],
+        "tables": [f"<details><summary>All numbers</summary>{_round(study.inside.to_frame())}</details>"],
+    }
 
 
 def _round(table: pd.DataFrame) -> str:

@@ -207,7 +207,7 @@ def _tuning(studies: Sequence[tuple[str, SteeringStudy]], facts: Mapping[str, Mo
         "P12",
         "instruction tuning does not suppress the foreign tokens",
         "stated without a number",
-        "needs a base model and its instruct version: compare_scripts(base, tuned) compares them",
+        "needs a base model and its instruct version: script_entanglement(base=, tuned=) compares them",
         verdict=OPEN,
         note=f"pairs among the studies: {', '.join(whole) or 'none'}",
     )

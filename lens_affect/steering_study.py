@@ -10,18 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lens_affect.adapter import LensModel
 from lens_affect.boundaries import RegimeBoundaries, compare_onsets, locate_boundaries
 from lens_affect.crosslingual import ScriptTable, script_entanglement
 from lens_affect.doses import UNSTEERED, DoseResponse, sweep_strengths
+from lens_affect.inside import InsideOutside, correlate_inside
 from lens_affect.judgements import Judgement, judge_texts
 from lens_affect.judges import Judge
+from lens_affect.languages import TransferTable
 from lens_affect.meaning import MeaningTable, foreign_meaning
-from lens_affect.regimes import RegimeMap, classify_regimes
+from lens_affect.regimes import RegimeMap, classify_regimes, in_words
 from lens_affect.scenarios import Scenarios, load_scenarios
-from lens_affect.scripts import script_shares
+from lens_affect.scripts import script_shares, text_languages
+from lens_affect.statistics import cluster_means, mean_interval
 from lens_affect.vectors import EmotionVectors
 from lens_affect.verification import Verification, verify_steering
 
@@ -38,8 +42,14 @@ PARTS: dict[str, type] = {
     "verification": Verification,
     "scripts": ScriptTable,
     "meaning": MeaningTable,
+    "transfer": TransferTable,
+    "inside": InsideOutside,
 }
-"""Parts of a study, each a folder; those about scenarios and languages may be missing."""
+"""Parts of a study, each a folder; all but the first three may be missing."""
+LANGUAGES = ("English", "Chinese", "Spanish", "French", "German", "Japanese", "Russian", "Arabic", "Hindi")
+"""Languages between which lingua chooses: English, and those of our word lists."""
+CONFIDENT = 0.8
+"""Smallest probability (among the candidates) at which a text counts as being in a language."""
 BOUNDARIES = "boundaries"
 """Folder with one more part per emotion that was bisected."""
 
@@ -64,21 +74,48 @@ class SteeringStudy:
     """Scripts of the tokens that the vectors raise, at the steered layer."""
     meaning: MeaningTable | None = None
     """Whether foreign tokens among them mean the emotion."""
+    transfer: TransferTable | None = None
+    """Whether vectors of one language tell emotions apart in another (language_transfer)."""
+    inside: InsideOutside | None = None
+    """Whether what the judge reads in the texts goes with what other vectors of the model read in them."""
     boundaries: tuple[RegimeBoundaries, ...] = ()
     """Strengths at which the regime of an emotion changes, by bisection, where that was asked."""
 
     def script_table(self) -> pd.DataFrame:
         """Scripts of the texts, dose by dose: kind, strength, then one column per script with its mean share of letters, texts_with_foreign (share of texts with a
-        letter that is not Latin), n."""
+        letter that is not Latin) with `_low` and `_high` (95 %, t over groups of prompts), n."""
         shares = script_shares(self.dose.texts)
         names = [c for c in shares.columns if c != "n_letters"]
         foreign = shares[[c for c in names if c not in ("Latin", "Common")]].sum(axis=1).to_numpy() > 0
-        kind, strength = self.dose.column("kind"), self.dose.column("strength")
+        return self._by_dose(pd.DataFrame(shares[names]), foreign, "texts_with_foreign")
+
+    def language_table(self, candidates: Sequence[str] = LANGUAGES) -> pd.DataFrame:
+        """Languages of the texts, dose by dose, as lingua names them: kind, strength, one column per language with its share of texts, `undecided` (empty texts, and
+        those below CONFIDENT: noise has no language), texts_in_foreign (share in a language other than English) with `_low` and `_high` (95 %, t over groups of
+        prompts), n.
+
+        Args:
+            candidates: English names of languages to choose between.
+
+        Raises:
+            ModuleNotFoundError: lingua is not installed.
+        """
+        found = text_languages(self.dose.texts, candidates=candidates)
+        sure = found["confidence"].to_numpy(float) >= CONFIDENT
+        named = np.where(sure, found["language"].to_numpy(object), "undecided")
+        order = [*(c.lower() for c in candidates if c.lower() in named), "undecided"]
+        table = pd.DataFrame({name: (named == name).astype(float) for name in order})
+        return self._by_dose(table, ~np.isin(named, ("english", "undecided")), "texts_in_foreign")
+
+    def _by_dose(self, shares: pd.DataFrame, foreign: np.ndarray, name: str) -> pd.DataFrame:
+        kind, strength, group = (self.dose.column(c) for c in ("kind", "strength", "group"))
         rows = []
         for key in dict.fromkeys(zip(kind.tolist(), strength.tolist(), strict=True)):
             own = (kind == key[0]) & (strength == key[1])
-            row: dict[str, Any] = {"kind": key[0], "strength": key[1]} | dict(shares[names][own].mean())
-            rows.append(row | {"texts_with_foreign": float(foreign[own].mean()), "n": int(own.sum())})
+            row: dict[str, Any] = {"kind": key[0], "strength": key[1]} | dict(shares[own].mean())
+            limits = mean_interval(cluster_means(foreign[own].astype(float), group[own].tolist()))
+            row |= {name: float(foreign[own].mean()), f"{name}_low": max(0.0, float(limits.low))}
+            rows.append(row | {f"{name}_high": min(1.0, float(limits.high)), "n": int(own.sum())})
         return pd.DataFrame(rows)
 
     def samples(self, per_regime: int = 2) -> list[tuple[str, str]]:
@@ -88,13 +125,11 @@ class SteeringStudy:
         for i, (label, kind, emotion, strength) in enumerate(zip(self.regimes.damage, *columns, strict=True)):
             if kind in UNSTEERED or not self.dose.texts[i].strip():
                 continue
-            pushed = f"{emotion} {strength:+g}" if kind == "steered" else f"{kind.replace('_', ' ')} {strength:+g}"
+            pushed = f"{emotion} {strength:+g}" if kind == "steered" else f"{in_words(str(kind))} {strength:+g}"
             kept = found.setdefault(str(label), [])
             if len(kept) < per_regime and all(pushed != other for other, _ in kept):
                 kept.append((pushed, " ".join(self.dose.texts[i].split())))
-        return [
-            (f"{label.replace('_', ' ')} ({pushed})", text) for label, rows in found.items() for pushed, text in rows
-        ]
+        return [(f"{in_words(label)} ({pushed})", text) for label, rows in found.items() for pushed, text in rows]
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Save every part in a folder of its own."""
@@ -152,6 +187,7 @@ def study_steering(
     n_random: int = 5,
     languages: bool = False,
     bisected: Sequence[str] = (),
+    reading: EmotionVectors | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     **asked: Any,
@@ -171,12 +207,14 @@ def study_steering(
         n_random: random directions per scenario.
         languages: also look at scripts and meaning of the tokens that the vectors raise.
         bisected: emotions whose boundaries between regimes are located by bisection, with new texts at every strength tried.
+        reading: vectors from other texts than those that steer (half of the topics each, say): the texts on the prompts are projected on them, and that is
+            correlated with the judge (correlate_inside).
         seed: of sampling and controls.
         progress: called with (texts done, texts in all) of the sweep that runs.
         asked: further options of sweep_strengths.
 
     Raises:
-        ValueError: as sweep_strengths, judge_texts and verify_steering.
+        ValueError: as sweep_strengths, judge_texts, verify_steering and correlate_inside.
 
     Example:
         >>> study_steering(model, vectors, load_judge(), layers=14, scenarios=load_scenarios())  # doctest: +SKIP
@@ -196,6 +234,8 @@ def study_steering(
     if languages:
         parts["scripts"] = script_entanglement(model, vectors, layer=dose.layers[-1])
         parts["meaning"] = foreign_meaning(model, vectors, layer=dose.layers[-1])
+    if reading is not None:
+        parts["inside"] = correlate_inside(model, dose, judgement, reading, seed=seed)
     parts["boundaries"] = tuple(
         locate_boundaries(model, vectors, prompts, emotion, judge=judge, layers=layers, seed=seed, **asked)
         for emotion in bisected

@@ -47,8 +47,9 @@ def draw_band(
     colour: str,
     name: str | None,
     opacity: float = 0.2,
+    **panel: int,
 ) -> None:
-    """Fill between two lines; without a name it is not in the legend."""
+    """Fill between two lines; without a name it is not in the legend. `row` and `col` name a panel."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     figure.add_scatter(
         x=np.concatenate([x, x[::-1]]),
@@ -60,6 +61,7 @@ def draw_band(
         name=name,
         showlegend=name is not None,
         hoverinfo="skip",
+        **panel,
     )
 
 

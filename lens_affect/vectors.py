@@ -59,12 +59,15 @@ class EmotionVectors:
     """Model, numerics, stimuli, versions."""
 
     def vector(self, emotion: str, layer: int) -> Float[Tensor, " d_model"]:
-        """Unit direction of one emotion at one block.
+        """Unit direction of one emotion at one block, whatever the length of `directions`: that is no part of a dose.
 
         Raises:
             ValueError: an emotion or layer that is not there.
         """
-        return self.directions[self._emotion(emotion), self._layer(layer)]
+        direction = self.directions[self._emotion(emotion), self._layer(layer)]
+        norm = direction.norm()
+        # Directions of fit_vectors have length 1 already and are given out bit by bit.
+        return direction if norm == 0 or (norm - 1).abs() < 1e-5 else direction / norm
 
     def _emotion(self, emotion: str) -> int:
         if emotion not in self.emotions:

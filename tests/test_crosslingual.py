@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lens_affect.adapter import model_info, unembedding
-from lens_affect.crosslingual import ScriptComparison, ScriptTable, compare_scripts, script_entanglement
+from lens_affect.crosslingual import ScriptComparison, ScriptTable, script_entanglement
 from lens_affect.models import load_model
 from lens_affect.scripts import token_scripts
 from lens_affect.stimuli import EMOTIONS
@@ -138,24 +138,29 @@ def test_a_tuned_model_that_lost_its_chinese_tokens_is_told_from_one_that_did_no
     russian = script_entanglement(
         multilingual, vectors_of(multilingual, of_script(multilingual, "Cyrillic", 1, 1)[0]), 0, k=1
     )
-    lost = compare_scripts(chinese, russian)
+    lost = script_entanglement(base=chinese, tuned=russian)
     row = lost.to_frame().set_index("script")
     assert row.loc["Han", "difference"] == -1
     assert row.loc["Cyrillic", "difference"] == 1
     assert row.loc["Han", "p"] == pytest.approx(2 / 64)  # all and none of six signs flipped
     assert not row.loc["Han", "equivalent"]
     assert row.loc["Thai" if "Thai" in row.index else "Arabic", "equivalent"]
-    kept = compare_scripts(chinese, again).to_frame()
+    kept = script_entanglement(base=chinese, tuned=again).to_frame()
     assert kept["difference"].tolist() == [0.0] * len(kept)
     assert kept["equivalent"].all()
     assert (kept["p_family"] == 1).all()
     assert "-1.000" in str(lost) or "+1.000" in str(lost)
     assert ScriptComparison.load(lost.save(tmp_path / "lost")).to_frame().equals(lost.to_frame())
     with pytest.raises(ValueError, match="allowed are equal ones"):
-        compare_scripts(
-            chinese,
-            script_entanglement(multilingual, vectors_of(multilingual, random_directions(multilingual, 1)), 0, k=2),
+        script_entanglement(
+            base=chinese,
+            tuned=script_entanglement(
+                multilingual, vectors_of(multilingual, random_directions(multilingual, 1)), 0, k=2
+            ),
         )
+    for given in ({}, {"base": chinese}, {"model": multilingual, "base": chinese, "tuned": again}):
+        with pytest.raises(ValueError, match="received neither a model with its vectors nor a pair of tables, or both"):
+            script_entanglement(**given)
 
 
 def test_the_difference_between_models_is_a_paired_one():
@@ -164,7 +169,7 @@ def test_the_difference_between_models_is_a_paired_one():
     words = ["平静", "害怕", "愤怒", "calm", "afraid", "страх", "miedo", "गर्व", "هدوء"]
     models = [load_model(*make_multilingual(words, seed=s)[:1], tokenizer=make_multilingual(words)[1]) for s in (0, 1)]
     base, tuned = (script_entanglement(m, vectors_of(m, random_directions(m, 5)), 0, k=25) for m in models)
-    row = compare_scripts(base, tuned).to_frame().set_index("script").loc["Latin"]
+    row = script_entanglement(base=base, tuned=tuned).to_frame().set_index("script").loc["Latin"]
     a, b = (t.per_emotion()["Latin"].to_numpy() for t in (base, tuned))
     expected = stats.ttest_rel(b, a).confidence_interval()
     assert row["difference"] == pytest.approx((b - a).mean())

@@ -1,16 +1,17 @@
 """Dose and response: rows of one prompt differ by the dose alone, every measure is that of the text, nothing is dropped."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from lens_affect.adapter import add_hooks, encode_prompt
+from lens_affect.adapter import add_hooks, encode_prompt, model_info
 from lens_affect.doses import CONTROLS, MEASURES, UNSTEERED, DoseResponse, sweep_strengths
 from lens_affect.generation import generate
 from lens_affect.models import load_model
-from lens_affect.regimes import classify_regimes
+from lens_affect.regimes import R_OK, Thresholds, classify_regimes, damage_labels
 from lens_affect.repetition import repetition_share
 from lens_affect.scenarios import load_scenarios
 from lens_affect.scoring import score_texts
@@ -140,6 +141,14 @@ def test_cells_are_geometric_means_over_prompts_with_a_t_interval(dose):
     assert cell["perplexity_ratio_low"] == pytest.approx(math.exp(float(expected.low)))
     assert cell["kl"] == pytest.approx(dose.table.loc[rows, "kl"].mean())
     assert all(f"{m}_high" in cell for m in MEASURES)
+    assert cell["perplexity_ratio_n"] == 3
+    # A text under 12 tokens has no repetition: every mean says how many texts are behind it.
+    short = dose.table["repetition"].to_numpy(float).copy()
+    short[rows[0]] = math.nan
+    cells = replace(dose, table=dose.table.assign(repetition=short)).to_frame()
+    cell = cells.query("kind == 'steered' and emotion == 'calm' and strength == 0.5").iloc[0]
+    assert (cell["n"], cell["repetition_n"], cell["kl_n"]) == (3, int(np.isfinite(short[rows]).sum()), 3)
+    assert cell["repetition_n"] < 3
 
 
 def test_random_directions_are_the_same_for_all_strengths_and_another_emotion_is_another(dose):
@@ -192,6 +201,8 @@ def test_another_scorer_counts_per_token_or_per_byte(tiny_model, dose):
     small = {"layers": 1, "controls": [], **SMALL}
     same = sweep_strengths(model, vectors_of(model), PROMPTS, scorer=tiny_model("qwen2"), **small)
     assert same.unit == "token"
+    assert "ratio of perplexities (per token, under the unsteered model itself)" in str(dose)
+    assert f"(per token, under {model_info(tiny_model('qwen2')).provenance.title})" in str(same)
     assert same.texts == dose.texts[: len(same.texts)]
     assert not np.allclose(same.column("nll"), dose.column("nll")[: len(same.table)], equal_nan=True)
     tokenizer = make_tokenizer()
@@ -200,11 +211,34 @@ def test_another_scorer_counts_per_token_or_per_byte(tiny_model, dose):
         model, vectors_of(model), PROMPTS, scorer=load_model(make_hf_model("qwen2"), tokenizer=tokenizer), **small
     )
     assert other.unit == "byte"
+    assert f"(per byte, under {other.scorer})" in str(other)
     row = other.table.iloc[4]
     head, body = encode_prompt(model, PROMPTS[row["prompt"]])[0], tokenizer(row["text"], add_special_tokens=False)
     scores = score_texts(tiny_model("qwen2"), [head], [body["input_ids"]])
     expected = float(scores.nll[0]) * int(scores.n_tokens[0]) / len(row["text"].encode())
     assert row["nll"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_thresholds_under_a_foreign_scorer_are_per_byte(tiny_model, dose):
+    model, tokenizer = tiny_model("llama"), make_tokenizer()
+    tokenizer.add_tokens(["<another>"])
+    small = {"layers": 1, "controls": list(CONTROLS), **SMALL}
+    foreign = sweep_strengths(
+        model, vectors_of(model), PROMPTS, scorer=load_model(make_hf_model("llama"), tokenizer=tokenizer), **small
+    )
+    plain = dose.table[dose.table["kind"].isin(UNSTEERED)]
+    per_token = sum(len(text.encode()) for text in plain["text"]) / plain["n_tokens"].sum()
+    limits = Thresholds.of(foreign)
+    assert limits.unit == "byte"
+    assert limits.r_high == pytest.approx(limits.r_ok**2)
+    assert limits.r_ok >= R_OK ** (1 / per_token)
+    # Two samples that are one and the same leave only the floor: R_OK per token, as the same factor per byte.
+    table = foreign.table.assign(nll=np.where(foreign.table["kind"] == UNSTEERED[1], foreign.column("nll_unsteered"), foreign.column("nll")))  # fmt: skip
+    assert Thresholds.of(replace(foreign, table=table)).r_ok ** per_token == pytest.approx(R_OK)
+    with pytest.raises(ValueError, match="received thresholds per token for perplexities per byte"):
+        damage_labels(foreign, Thresholds.of(dose))
+    assert "ratio of perplexities per byte unchanged up to" in str(classify_regimes(foreign))
+    assert "ratio of perplexities per token unchanged up to" in str(classify_regimes(dose))
 
 
 def test_texts_that_end_at_once_are_counted_and_have_no_value(tiny_model, monkeypatch):
@@ -214,6 +248,9 @@ def test_texts_that_end_at_once_are_counted_and_have_no_value(tiny_model, monkey
     cells = found.to_frame()
     assert (cells["n_empty"] == 3).all()
     assert cells["perplexity_ratio"].isna().all()
+    assert (cells["n"] == 3).all()
+    assert (cells[[f"{m}_n" for m in ("perplexity_ratio", "repetition", "kl", "change")]] == 0).all(axis=None)
+    assert (cells["n_tokens_n"] == 3).all()
     assert "0 empty" not in str(found)
     assert found.table["finished"].all()
 

@@ -3,10 +3,14 @@
 import gguf
 import numpy as np
 import pytest
+import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from lens_affect.catalogue import converted_gguf
-from lens_affect.gguf_reading import gguf_precision, read_gguf, reading_once
+from lens_affect.adapter import model_info
+from lens_affect.catalogue import converted_gguf, read_card
+from lens_affect.checkpoints import open_checkpoint
+from lens_affect.gguf_reading import gguf_precision, gguf_title, read_gguf, reading_once
+from lens_affect.models import load_model
 from tests.tiny_gguf import make_model, write_gguf
 
 
@@ -49,6 +53,39 @@ def test_transformers_reads_a_file_once_and_the_package_is_as_before(file, monke
 def test_the_precision_of_a_file_is_read_from_it(tmp_path, kind, precision):
     write_gguf(tmp_path / "m.gguf", make_model(), gguf.GGMLQuantizationType[kind])
     assert gguf_precision(tmp_path / "m.gguf") == precision
+
+
+QWEN = {
+    "name": "Qwen2.5 Coder 0.5B Instruct AWQ",
+    "basename": "Qwen2.5-Coder",
+    "size_label": "0.5B",
+    "finetune": "Instruct-AWQ",
+}
+
+
+@pytest.mark.parametrize(
+    ("names", "title"),
+    [
+        (QWEN, "Qwen2.5-Coder-0.5B-Instruct (GGUF)"),
+        ({"basename": "Tiny", "size_label": "10K"}, "Tiny-10K (GGUF)"),
+        ({"name": "Tiny Model", "size_label": "10K"}, "Tiny Model (GGUF)"),
+        ({"name": " "}, "my.Q8_0 (GGUF)"),
+        ({}, "my.Q8_0 (GGUF)"),
+    ],
+)
+def test_the_title_is_the_name_in_the_header_or_else_that_of_the_file(tmp_path, names, title):
+    write_gguf(tmp_path / "my.Q8_0.gguf", make_model(), gguf.GGMLQuantizationType.F32, **names)
+    assert gguf_title(tmp_path / "my.Q8_0.gguf") == title
+
+
+def test_a_converted_file_is_called_by_its_header_in_card_provenance_and_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("LENS_AFFECT_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "file.gguf"
+    write_gguf(path, make_model(), gguf.GGMLQuantizationType.Q8_0, **QWEN)
+    assert read_card(converted_gguf(path))["title"] == "Qwen2.5-Coder-0.5B-Instruct (GGUF)"
+    model = load_model(path, dtype=torch.float32)
+    assert model_info(model).provenance.title == "Qwen2.5-Coder-0.5B-Instruct (GGUF) (Q8_0, dequantized)"
+    assert open_checkpoint(path).title == "Qwen2.5-Coder-0.5B-Instruct (GGUF)"
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all, but long enough for a header"])

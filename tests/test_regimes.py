@@ -116,6 +116,24 @@ def planted(cells, *, n_prompts=8, noise=0.02, seed=0, empty=0) -> DoseResponse:
     )
 
 
+@pytest.mark.parametrize("noise", [0.02, 0.6])
+def test_perplexities_per_byte_lead_to_the_same_labels_as_per_token(noise):
+    """Texts of four bytes a token: every log ratio per byte is a quarter of the one per token."""
+    grid = {
+        ("steered", "calm", s): (log_ratio, 0.0) for s, log_ratio in ((0.1, 0.1), (0.2, 0.6), (0.4, 4.5), (0.8, -2.0))
+    }
+    dose = planted(grid, noise=noise)
+    table = dose.table.assign(
+        text="abcd" * 20, nll=dose.column("nll") / 4, nll_unsteered=dose.column("nll_unsteered") / 4
+    )
+    per_byte = replace(dose, table=table, unit="byte", scorer="another")
+    tokens, found = classify_regimes(dose), classify_regimes(per_byte)
+    assert found.damage == tokens.damage
+    assert len(set(found.damage)) == 3
+    assert found.thresholds.r_ok**4 == pytest.approx(tokens.thresholds.r_ok, rel=0.03)  # a quantile between two values
+    assert found.thresholds.r_high == pytest.approx(found.thresholds.r_ok**2)
+
+
 def judged(dose, gains, *, emotions=("calm", "sad"), seed=0) -> Judgement:
     """Probabilities of 0.2 plus a gain per (kind, emotion judged, strength), with a little noise."""
     generator = np.random.default_rng(seed)
@@ -226,6 +244,29 @@ def test_the_papers_rule_counts_whitespace_words_and_so_misses_chinese_loops():
     assert jeong_regime(["平静平静平静平静平静平静"] * 10) == "explosive"
 
 
+def test_the_papers_rule_on_a_sweep_labels_each_cell_by_its_texts_alone():
+    loop, plain = "be free be free be free be free", "they walked home and talked about the day"
+    dose = planted({("steered", "calm", s): (9.0, 0.9) for s in (0.1, 0.2, 0.4)}, n_prompts=10)
+    said = {0.0: [plain] * 10, 0.1: [plain] * 10, 0.2: [loop] * 6 + [plain] * 4, 0.4: ["no"] * 4 + [plain] * 6}
+    texts = [said[s][p] for s, p in zip(dose.column("strength"), dose.column("prompt"), strict=True)]
+    dose = replace(dose, table=dose.table.assign(text=texts))
+    found = classify_regimes(dose, protocol="jeong2026")
+    expected = {0.1: "surgical", 0.2: "repetitive_collapse", 0.4: "explosive"}
+    assert {s: found.regime("calm", s) for s in expected} == expected
+    assert {s: jeong_regime(said[s]) for s in expected} == expected
+    own = found.table[found.table["kind"] == "steered"].set_index("strength")
+    assert own.loc[0.2, "share_repetitive_collapse"] == pytest.approx(0.6)
+    assert 0.5 < own.loc[0.2, "p_repetitive_collapse"] < 1
+    assert own.loc[0.1, "p_surgical"] == 1
+    assert "by the rule in the paper's code" in str(found)
+    assert "perplexities" not in str(found)
+    assert classify_regimes(dose).regime("calm", 0.1) == "repetitive_collapse"
+    with pytest.raises(ValueError, match=r"received protocol='paper'; allowed are \['lens_affect', 'jeong2026'\]"):
+        classify_regimes(dose, protocol="paper")
+    with pytest.raises(ValueError, match="received thresholds with protocol='jeong2026'"):
+        classify_regimes(dose, protocol="jeong2026", thresholds=RULE)
+
+
 def test_the_papers_measurement_runs_on_its_two_scenarios(tiny_model):
     model = tiny_model("llama")
     label, samples = run_jeong_regime(
@@ -248,6 +289,8 @@ def test_a_map_comes_back_from_disk_and_shows_itself(tmp_path):
     assert again.to_frame().equals(found.to_frame())
     assert str(again) == str(found)
     assert "+0.2: surgical 1" in str(found)
+    assert "+1.6: repetitive collapse 1" in str(found)
+    assert "_" not in str(found)
     assert "a planted judge" in str(found)
     assert len(str(found).splitlines()) <= 5
     assert "surgical" in found._repr_html_()

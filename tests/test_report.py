@@ -5,10 +5,12 @@ import html
 import re
 import shutil
 
+import numpy as np
 import pytest
 
 from lens_affect.comparison import compare_cells
 from lens_affect.judges import load_judge
+from lens_affect.languages import language_transfer
 from lens_affect.models import load_model
 from lens_affect.patching import patch_sites
 from lens_affect.report import write_report
@@ -17,6 +19,7 @@ from lens_affect.steering_study import study_steering
 from lens_affect.sweeps import MAPS, STEERING, make_spec, run_sweep
 from tests.test_comparison import cells
 from tests.test_donors import make_pairs
+from tests.test_languages import language
 from tests.test_sweeps import SMALL
 from tests.tiny import make_hf_model, make_tokenizer
 
@@ -108,7 +111,11 @@ def test_a_steering_study_of_the_run_gets_a_section_and_rows_of_the_scorecard(sw
     target = next(iter(vectors.emotions))
     study = study_steering(
         model, vectors, load_judge("lexicon"), prompts=["Hello <b>there</b>", "A cat", "Why"], emotions=[target], strengths=[0.2, 0.8], layers=1, n_tokens=14,
+        languages=True, bisected=[target], reading=vectors,
     )  # fmt: skip
+    directions = 3 * np.random.default_rng(0).standard_normal((5, 24))
+    spoken = {"English": language(directions, seed=1), "Spanish": language(directions, seed=2)}
+    study = dataclasses.replace(study, transfer=language_transfer(spoken, n_permutations=20))
     shutil.copytree(sweep.folder, tmp_path / "run")
     copied = dataclasses.replace(sweep, folder=tmp_path / "run")
     study.save(copied.folder / STEERING / "neutral")
@@ -120,6 +127,19 @@ def test_a_steering_study_of_the_run_gets_a_section_and_rows_of_the_scorecard(sw
     assert "foreign letters" in section
     for heading, _ in study.samples():
         assert heading in section
+    assert f"Strengths tried on the way to the boundaries of {target}" in section
+    assert "grey: bracket of a boundary" in section
+    languages = section[section.index("Other languages: neutral") :]
+    for part in (study.scripts, study.meaning, study.transfer):
+        assert str(part).splitlines()[0] in languages
+    for heading in ("Scripts of the tokens", "Do foreign words", "Vectors of one language used in another"):
+        assert heading in languages
+    assert str(study.inside).splitlines()[0] in languages[languages.index("Behaviour and inside together: neutral") :]
+    bare = dataclasses.replace(study, scripts=None, meaning=None, transfer=None, inside=None, boundaries=())
+    shutil.rmtree(copied.folder / STEERING / "neutral")
+    bare.save(copied.folder / STEERING / "neutral")
+    page = write_report(copied).read_text()
+    assert not any(words in page for words in ("Other languages", "Behaviour and inside", "grey: bracket"))
     assert not re.findall(r"<(?:script|img|link|iframe)[^>]+(?:src|href)=", found)
     card = make_scorecard(copied)
     assert {"P9", "P10", "P12"} <= set(card.table["id"])

@@ -5,13 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lens_affect.adapter import add_hooks, model_info, run_logits
+from lens_affect.activations import extract_activations
+from lens_affect.adapter import add_hooks, encode_prompt, model_info, run_logits
 from lens_affect.generation import generate
 from lens_affect.models import load_model
 from lens_affect.scoring import score_texts
 from lens_affect.sites import resolve_site
 from lens_affect.steering import STRENGTH_LIMIT, calibrate, choose_layers, make_push, residual_norms, steer
 from lens_affect.stimuli import load_stimuli
+from lens_affect.vectors import fit_vectors
 from tests.test_patching import vectors_of
 from tests.tiny import make_hf_model, make_tokenizer
 
@@ -82,12 +84,48 @@ def test_strength_zero_is_bit_identical_and_opposite_strengths_cancel(tiny_model
     assert generate(model, PROMPTS, interventions=zero, **rows).tokens == generate(model, PROMPTS, **rows).tokens
 
 
-def test_scaling_a_vector_changes_nothing(tiny_model):
+@pytest.mark.parametrize("factor", [50.0, 0.01])
+def test_scaling_a_vector_changes_neither_the_text_nor_the_achieved_change(tiny_model, factor):
     model = tiny_model("llama")
     vectors = vectors_of(model)
-    scaled = replace(vectors, raw_norms=vectors.raw_norms * 50)
-    pushes = [make_push(model, v, "sad", layers=[0, 2], strength=0.3) for v in (vectors, scaled)]
-    assert torch.equal(pushes[0].vectors, pushes[1].vectors)
+    longer = replace(vectors, directions=vectors.directions * factor, raw_norms=vectors.raw_norms * factor)
+    heads = [encode_prompt(model, prompt)[0] for prompt in PROMPTS]
+    for dose in ({"layers": [0, 2], "strength": 0.3}, {"strength": 0.01, "protocol": "jeong2026"}):
+        pushes = [make_push(model, v, "sad", **dose) for v in (vectors, longer)]
+        torch.testing.assert_close(pushes[1].vectors, pushes[0].vectors)
+        texts = [
+            generate(model, PROMPTS, interventions=push.interventions(), max_new_tokens=12, seed=3) for push in pushes
+        ]
+        assert texts[0].tokens == texts[1].tokens
+        assert any(texts[0].tokens)
+        if not pushes[0].relative:
+            assert texts[0].tokens != generate(model, PROMPTS, max_new_tokens=12, seed=3).tokens
+            scores = [score_texts(model, heads, texts[0].tokens, interventions=push.interventions()) for push in pushes]
+            torch.testing.assert_close(scores[1].change, scores[0].change)
+            torch.testing.assert_close(scores[1].kl, scores[0].kl, rtol=1e-3, atol=1e-6)
+
+
+def test_scaling_the_activations_behind_a_vector_changes_nothing(tiny_model):
+    model = tiny_model("llama")
+    passages = load_stimuli("passages").select(emotions=["calm", "sad"], groups=["train", "garden", "school"])
+    read = extract_activations(model, passages, pooling="mean")
+    fitted = [fit_vectors(replace(read, arrays={k: f * a for k, a in read.arrays.items()})) for f in (1.0, 50.0)]
+    assert float(fitted[1].raw_norms.mean() / fitted[0].raw_norms.mean()) == pytest.approx(50, rel=1e-4)
+    pushes = [make_push(model, v, "sad", layers=1, strength=0.3) for v in fitted]
+    torch.testing.assert_close(pushes[1].vectors, pushes[0].vectors)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "llama"])
+def test_twice_the_strength_adds_exactly_twice_the_tensor(tiny_model, family):
+    """Seen where it is added, over a stream that was set to 0, so that no rounding of a sum hides a difference."""
+    model = tiny_model(family)
+    once, twice = (make_push(model, vectors_of(model), "calm", layers=[0, 1], strength=s) for s in (0.35, 0.7))
+    assert torch.equal(twice.vectors, 2 * once.vectors)
+    empty = [(resolve_site(model, "resid_post").at(1), lambda x, hook: torch.zeros_like(x))]
+    with add_hooks(model, empty):
+        seen = [streams(model, 1, layers=1, strength=s, scope="all") for s in (0.35, 0.7)]
+    assert torch.equal(seen[1], 2 * seen[0])
+    assert torch.equal(seen[0], once.vectors[1].expand(8, -1))
 
 
 def test_ablating_twice_is_ablating_once_and_clamping_sets_the_component(tiny_model):

@@ -2,17 +2,21 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from lens_affect.boundaries import locate_boundaries
 from lens_affect.doses import UNSTEERED, sweep_strengths
+from lens_affect.inside import correlate_inside
 from lens_affect.judgements import judge_texts
 from lens_affect.judges import load_judge
+from lens_affect.languages import language_transfer
 from lens_affect.regimes import classify_regimes
 from lens_affect.scenarios import load_scenarios
 from lens_affect.steering_study import PARTS, SteeringStudy, study_steering
 from lens_affect.verification import verify_steering
+from tests.test_languages import language
 from tests.test_patching import vectors_of
 
 EMOTIONS = ("happy", "sad", "afraid", "angry", "calm", "loving", "grateful")
@@ -23,10 +27,14 @@ ASKED = {"layers": 1, "n_tokens": 12, "seed": 1}
 @pytest.fixture(scope="module")
 def study(tiny_model):
     model = tiny_model("llama")
-    return study_steering(
+    directions = 3 * np.random.default_rng(0).standard_normal((5, 24))
+    found = study_steering(
         model, vectors_of(model, EMOTIONS), load_judge("lexicon"), prompts=PROMPTS, emotions=["happy", "sad"], strengths=[0.2, 0.8],
-        scenarios=load_scenarios().select(emotions=["loving", "grateful"]), verified_at=(0.4,), n_random=2, languages=True, bisected=["sad"], **ASKED,
+        scenarios=load_scenarios().select(emotions=["loving", "grateful"]), verified_at=(0.4,), n_random=2, languages=True, bisected=["sad"],
+        reading=vectors_of(model, EMOTIONS), **ASKED,
     )  # fmt: skip
+    spoken = {"English": language(directions, seed=1), "Spanish": language(directions, seed=2)}
+    return replace(found, transfer=language_transfer(spoken, n_permutations=20))
 
 
 def test_the_parts_are_those_of_single_calls(tiny_model, study):
@@ -43,6 +51,9 @@ def test_the_parts_are_those_of_single_calls(tiny_model, study):
     assert str(checked) == str(study.verification)
     assert study.verification is not None
     assert study.verification.n_random == 2
+    inside = correlate_inside(model, dose, judge_texts(judge, dose.texts), vectors, seed=1)
+    assert study.inside is not None
+    pd.testing.assert_frame_equal(inside.table, study.inside.table)
     searched = locate_boundaries(model, vectors, PROMPTS, "sad", judge=judge, **ASKED)
     assert [b.emotion for b in study.boundaries] == ["sad"]
     pd.testing.assert_frame_equal(study.boundaries[0].table, searched.table)
@@ -53,7 +64,8 @@ def test_it_comes_back_from_disk_with_and_without_the_parts_that_may_miss(study,
     same = SteeringStudy.load(study.save(tmp_path / "study"))
     assert str(same) == str(study)
     assert all(getattr(same, name) is not None for name in PARTS)
-    small = replace(study, scenario_dose=None, scenario_judgement=None, verification=None, scripts=None, meaning=None)
+    assert str(same.transfer) == str(study.transfer)
+    small = replace(study, **{name: None for name in PARTS if name not in ("dose", "judgement", "regimes")})
     assert SteeringStudy.load(small.save(tmp_path / "small")).verification is None
     with pytest.raises(FileNotFoundError, match="which has no dose, judgement, regimes"):
         SteeringStudy.load(tmp_path)
@@ -61,7 +73,8 @@ def test_it_comes_back_from_disk_with_and_without_the_parts_that_may_miss(study,
 
 def test_scripts_of_texts_are_shares_of_their_letters(study):
     table = study.script_table()
-    scripts = [c for c in table.columns if c not in ("kind", "strength", "texts_with_foreign", "n")]
+    scripts = [c for c in table.columns if c not in ("kind", "strength", "n") and not c.startswith("texts_with")]
+    assert (table["texts_with_foreign_low"] <= table["texts_with_foreign"]).all()
     assert table[scripts].sum(axis=1).to_numpy() == pytest.approx(1.0)
     assert table["n"].sum() == len(study.dose.table)
     # The tiny model writes Latin letters only; a planted foreign text is seen.
@@ -71,6 +84,33 @@ def test_scripts_of_texts_are_shares_of_their_letters(study):
     planted = replace(study, dose=replace(study.dose, table=rows)).script_table().set_index(["kind", "strength"])
     key = ("steered", float(rows["strength"][row]))
     assert planted.loc[key, "texts_with_foreign"] == pytest.approx(1 / planted.loc[key, "n"])
+
+
+def name_languages(texts, *, candidates):
+    """In the place of lingua, which is an extra: Spanish by its greeting, English otherwise, nothing sure of an empty text."""
+    assert candidates[0] == "English"
+    names = ["spanish" if "hola" in text else "english" if text else None for text in texts]
+    sure = [
+        float("nan") if name is None else 0.3 if "perhaps" in text else 0.9
+        for name, text in zip(names, texts, strict=True)
+    ]
+    return pd.DataFrame({"language": names, "confidence": sure})
+
+
+def test_languages_of_texts_are_shares_of_texts_and_what_is_not_sure_is_undecided(study, monkeypatch):
+    monkeypatch.setattr("lens_affect.steering_study.text_languages", name_languages)
+    rows = study.dose.table.copy()
+    at = rows.index[(rows["kind"] == "steered") & (rows["strength"] == 0.8)]
+    rows["text"] = "a text"
+    rows.loc[at[:3], "text"] = ["hola amigos", "hola perhaps", ""]
+    table = replace(study, dose=replace(study.dose, table=rows)).language_table()
+    row = table.set_index(["kind", "strength"]).loc[("steered", 0.8)]
+    n = len(at)
+    assert (row["spanish"], row["undecided"], row["english"]) == pytest.approx((1 / n, 2 / n, (n - 3) / n))
+    assert row["texts_in_foreign"] == pytest.approx(1 / n)
+    assert row["texts_in_foreign_low"] <= 1 / n <= row["texts_in_foreign_high"]
+    assert table[["english", "spanish", "undecided"]].sum(axis=1).to_numpy() == pytest.approx(1.0)
+    assert (table[table["kind"] != "steered"]["texts_in_foreign"] == 0).all()
 
 
 def test_samples_carry_the_damage_label_of_their_own_text(study):

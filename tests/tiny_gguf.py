@@ -24,10 +24,14 @@ def _tokens() -> list[str]:
     return ["<|endoftext|>", *bytes_to_unicode().values(), *(m.replace(" ", "") for m in MERGES)]
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM, quantization: gguf.GGMLQuantizationType) -> dict[str, np.ndarray]:
-    """The model as llama.cpp stores it; returns the weights as they are after the loss of precision."""
+def write_gguf(
+    path: Path, model: LlamaForCausalLM, quantization: gguf.GGMLQuantizationType, **names: str
+) -> dict[str, np.ndarray]:
+    """The model as llama.cpp stores it, with `general.*` names; returns the weights as they are after the loss of precision."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
+    for key, name in names.items():
+        writer.add_string(f"general.{key}", name)
     writer.add_context_length(128)
     writer.add_embedding_length(32)
     writer.add_block_count(2)
