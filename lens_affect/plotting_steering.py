@@ -174,7 +174,7 @@ def plot_judged(dose: DoseResponse, judgement: Judgement, *, title: str | None =
         raise ValueError(
             f"received a judgement by {judgement.title}, which names none of {list(dose.emotions)}; use another judge"
         )
-    against = "random directions" if cells["random"].notna().any() else "the unsteered texts"
+    against = "random directions" if np.isfinite(cells["random"].to_numpy(float)).any() else "the unsteered texts"
     heads = (f"probability (dotted: {against})", f"gain over {against}")
     figure = make_subplots(rows=1, cols=2, subplot_titles=heads, horizontal_spacing=0.1)
     dashes = _dashes(list(dict.fromkeys(cells["emotion"])))
@@ -189,7 +189,7 @@ def plot_judged(dose: DoseResponse, judgement: Judgement, *, title: str | None =
         )  # fmt: skip
     figure.add_hline(y=0, line={"color": "#000000", "dash": "dot", "width": 1.5}, row=1, col=2)  # pyright: ignore[reportArgumentType]
     best = cells.sort_values(by="gain").to_dict("records")[-1]
-    above = int((cells["gain_low"] > 0).sum())
+    above = int((cells["gain_low"].to_numpy(float) > 0).sum())
     text = (
         f"{dose.provenance.title}, {judgement.title}<br>largest gain over {against}: {best['emotion']} {best['gain']:+.2f} [{best['gain_low']:+.2f}, "
         f"{best['gain_high']:+.2f}] at {best['strength']:+g}; above 0 in {above} of {len(cells)} cells"
@@ -378,10 +378,10 @@ def _plot_foreign(
     most = max(own.to_dict("records"), key=lambda row: row[column])
     share = f"{most[column]:.2f} [{most[f'{column}_low']:.2f}, {most[f'{column}_high']:.2f}]"
     where = f" (at {most['strength']:+g}, n = {most['n']})" if most[column] else f" (n = {most['n']} at each strength)"
-    against = f"under random directions at most {random[column].max():.2f}, " if len(random) else ""
-    text = f"{study.dose.provenance.title}, {study.dose.name}<br>{finding.format(f'at most {share}')}{where}; {against}{plain:.2f} without steering"
+    against = f"under random directions at most {random[column].to_numpy(float).max():.2f}, " if len(random) else ""
+    text = f"{study.dose.provenance.title}, {study.dose.name}<br>{finding.format(f'at most {share}')}{where}<br>{against}{plain:.2f} without steering"
     set_layout(figure, title or text, "strength (share of the residual stream's norm)", axis)
-    figure.update_yaxes(range=[-0.02, max(0.2, 1.05 * float(table[f"{column}_high"].max()))])
+    figure.update_yaxes(range=[-0.02, max(0.2, 1.05 * float(table[f"{column}_high"].to_numpy(float).max()))])
     return figure
 
 

@@ -142,7 +142,7 @@ def test_scripts_are_drawn_dose_by_dose():
     assert foreign[0.4] == 1.0
     assert foreign[0.2] == 0.0
     assert (
-        "foreign letters in at most 1.00 [1.00, 1.00] of the texts (at +0.4, n = 8); under random directions at most 0.00, 0.00 without steering"
+        "foreign letters in at most 1.00 [1.00, 1.00] of the texts (at +0.4, n = 8)<br>under random directions at most 0.00, 0.00 without steering"
         in plot_scripts(study).layout.title.text
     )
 
