@@ -197,7 +197,9 @@ def bos_policy(model: LensModel) -> Literal["prepended", "none"]:
     return "prepended" if prepends else "none"
 
 
-def encode(model: LensModel, text: str, prompt: str = "", *, own_bos: bool = False) -> Encoded:
+def encode(
+    model: LensModel, text: str, prompt: str = "", *, own_bos: bool = False, tokens: Sequence[int] | None = None
+) -> Encoded:
     """Tokens of a text, read bare or after the request that it answers.
 
     Args:
@@ -206,9 +208,10 @@ def encode(model: LensModel, text: str, prompt: str = "", *, own_bos: bool = Fal
         prompt: a user request; it goes through the chat template where the model has one, else it stands before the text
             with an empty line between.
         own_bos: keep the tokenizer's own default instead of TransformerLens's BOS (protocol jeong2026).
+        tokens: of the text, where they are known: a tokenizer may cut a text that a model wrote in other places than the model did.
     """
     tokenizer = model.tokenizer
-    body = token_ids(tokenizer, text)
+    body = token_ids(tokenizer, text) if tokens is None else tuple(tokens)
     if prompt:
         head, bos = encode_prompt(model, prompt, own_bos=own_bos)
     else:
