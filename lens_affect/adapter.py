@@ -151,10 +151,17 @@ def chat_template_hash(tokenizer: Any) -> str | None:
 
 
 def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Round the weights and nothing else: rotary frequencies and embedding scales stay as Hugging Face keeps them, in float32."""
+    """Round the weights and nothing else: rotary frequencies and embedding scales stay as Hugging Face keeps them, in float32.
+
+    A bridge gives an unembedding without a bias one of zeros that is a buffer, not a parameter; a linear map needs both in one precision.
+    """
     for parameter in model.parameters():
         if parameter.dtype.is_floating_point:
             parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        bias = dict(module.named_buffers(recurse=False)).get("bias")
+        if isinstance(module, torch.nn.Linear) and bias is not None:
+            bias.data = bias.data.to(dtype)
 
 
 def is_bridge(model: Any) -> bool:

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from lens_affect import activations, models
 from lens_affect.activations import extract_activations
-from lens_affect.adapter import model_info, parameter_fingerprint
+from lens_affect.adapter import model_info, parameter_fingerprint, run_logits
 from lens_affect.catalogue import FetchError
+from lens_affect.generation import generate
 from lens_affect.models import load_model
 from lens_affect.stimuli import Stimuli
 from lens_affect.unwrapping import CHECK
@@ -163,6 +164,23 @@ def test_automatic_bfloat16_survives_where_vectors_agree_with_float32(saved, exa
     assert not torch.equal(found.values, fine.values)
     again = extract_activations(model, STIMULI)  # and the check of the second run changes nothing
     assert torch.equal(found.values, again.values)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_automatic_bfloat16_gives_logits_and_text_before_and_after_a_reading(
+    saved, exact, family, bfloat16_pays, monkeypatch
+):
+    """The bridge's unembedding has a bias of its own: rounding all but that one would stop the first forward pass to the logits."""
+    monkeypatch.setattr(activations, "MINIMUM_COSINE", 0.9)
+    model = load_model(saved(family))
+    tokens = torch.arange(5, 25)[None]
+    expected = run_logits(exact(family), tokens, torch.ones_like(tokens))
+    for _ in range(2):
+        assert model_info(model).provenance.dtype == "bfloat16"
+        found = run_logits(model, tokens, torch.ones_like(tokens))
+        assert torch.cosine_similarity(found, expected, dim=-1).min() > 0.98
+        assert generate(model, ["He felt"], max_new_tokens=3).finite == (True,)
+        extract_activations(model, STIMULI)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
