@@ -1,6 +1,9 @@
 """Sweeps on a tiny model: steps, resume after a kill, refusals."""
 
+import contextlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +13,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from lens_affect import activations, models, sweeps
+from lens_affect.adapter import model_info
 from lens_affect.nulls import p_text
 from lens_affect.sweeps import SweepSpec, _claim, load_sweep, make_spec, quick, run_sweep
 from tests.tiny import make_hf_model, make_tokenizer
@@ -110,6 +115,71 @@ def test_a_killed_run_resumes_to_the_same_tables(model_folder, finished, tmp_pat
     for name, stamp in done.items():
         assert (out / "steps" / name / "manifest.json").stat().st_mtime_ns == stamp
     pd.testing.assert_frame_equal(resumed.to_frame(), finished.to_frame())
+
+
+class _Stopped(Exception):
+    pass
+
+
+def stop_before(step):
+    """A report that ends the run when a step is about to begin."""
+
+    def report(name):
+        if name == step:
+            raise _Stopped
+        return contextlib.nullcontext(lambda done, total: None)
+
+    return report
+
+
+@pytest.mark.parametrize(
+    ("least_cosine", "left_in", "gain_on_resuming"),
+    [(1.1, "float32", 3.0), (0.9, "bfloat16", 3.0), (0.9, "bfloat16", 0.5)],
+)
+def test_a_resumed_run_goes_on_in_the_precision_that_was_settled(
+    model_folder, tmp_path, monkeypatch, least_cosine, left_in, gain_on_resuming
+):
+    """bfloat16 pays; the first reading keeps it or finds it too coarse. The stories come after that reading."""
+    monkeypatch.setattr(activations, "MINIMUM_COSINE", least_cosine)
+    monkeypatch.setattr(models, "_bfloat16_gain", lambda *args: 3.0)
+    spec = make_spec(model=model_folder, **SMALL | {"scores": ("nearest_mean",)})
+    whole = run_sweep(spec, tmp_path / "whole")
+    wrote_in = []
+    real = sweeps.write_stories
+
+    def watched(model, *args, **options):
+        wrote_in.append((model_info(model).provenance.dtype, model_info(model).precision_is_automatic))
+        return real(model, *args, **options)
+
+    monkeypatch.setattr(sweeps, "write_stories", watched)
+    with pytest.raises(_Stopped):
+        run_sweep(spec, tmp_path / "run", report=stop_before("stories"))
+    assert wrote_in == []
+    monkeypatch.setattr(models, "_bfloat16_gain", lambda *args: gain_on_resuming)
+    resumed = run_sweep(spec, tmp_path / "run", resume=True)
+    assert wrote_in == [(left_in, left_in == "bfloat16")]  # and a later reading may still find bfloat16 too coarse
+    assert resumed.stories.provenance.dtype == whole.stories.provenance.dtype == left_in
+    assert resumed.stimuli["generation"] == whole.stimuli["generation"]
+    pd.testing.assert_frame_equal(resumed.to_frame(), whole.to_frame())
+
+
+def test_a_precision_counts_only_once_its_step_is_saved(model_folder, tmp_path, monkeypatch):
+    """A run that dies between the two starts again as if the step had not been done."""
+    monkeypatch.setattr(activations, "MINIMUM_COSINE", 1.1)
+    monkeypatch.setattr(models, "_bfloat16_gain", lambda *args: 3.0)
+    spec = make_spec(model=model_folder, methods=("comprehension",), **SMALL | {"scores": ("nearest_mean",)})
+    whole = run_sweep(spec, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "precision.json").read_text())["activations-comprehension"] == "float32"
+    shutil.rmtree(tmp_path / "run" / "steps")
+    asked = []
+
+    def load(name, dtype):
+        asked.append(dtype)
+        return sweeps._load_default(name, dtype)
+
+    again = run_sweep(spec, tmp_path / "run", resume=True, load=load)
+    assert asked == ["auto"]
+    pd.testing.assert_frame_equal(again.to_frame(), whole.to_frame())
 
 
 def test_a_folder_with_another_run_is_refused_and_the_difference_named(finished):
