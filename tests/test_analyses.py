@@ -22,12 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "analyses").glob("[0-9]*.py"))
 
 
-@pytest.fixture
-def one_loading(real_model, monkeypatch):
-    """The scripts get the model that this session has loaded (or the test is skipped with the reason): loading is tested elsewhere."""
-    replace_loading(monkeypatch, real_model("smollm2-135m-instruct"))
-
-
 @pytest.fixture(scope="module")
 def narrow(real_model):
     """A random model as deep as SmolLM2, with its tokenizer, and of width 32: what the scripts print about it means nothing, but they run."""
@@ -58,12 +52,15 @@ def replace_loading(monkeypatch, model):
 
 
 @pytest.mark.weights
-def test_the_layer_sweep_runs_in_quick_mode(one_loading, capsys):
+def test_the_layer_sweep_runs_in_quick_mode(narrow_loading, capsys):
+    """What it prints about real weights is in the README's example, which is run too."""
     names = runpy.run_path(str(ROOT / "analyses" / "01_layer_sweep.py"))
     printed = capsys.readouterr().out
     assert "nearest_mean is best at layer" in printed
     assert "above the bar by" in printed
     assert names["curve"].n_emotions == 2
+    assert len(names["stories"].stimuli) == names["stories"].n_wanted == 4
+    assert len(names["both"][1].layer_rows) == 30
 
 
 @pytest.mark.weights
@@ -128,7 +125,9 @@ def test_modules_reads_finished_runs_and_says_when_the_gate_is_special(monkeypat
     assert list(names["tables"]) == ["equal rank, rank 4", "equal size, rank 4"]
 
 
-def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(monkeypatch, capsys, tmp_path):
+def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(
+    few_neutral_texts, monkeypatch, capsys, tmp_path
+):
     """The whole chain on a tiny model: first seed of every arm, a second start that trains nothing, and the page that reads them."""
     write_goemotions(tmp_path / "data")
     monkeypatch.setattr("lens_affect.tasks.load_judge", LetterCounts)
