@@ -137,10 +137,11 @@ def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(
     names = runpy.run_path(str(ROOT / "analyses" / "tune_arms.py"))
     run, jobs, task_of = names["run"], [job for job in names["campaign"]() if job.seed == 0], names["task_of"]
     run.__globals__.update(
-        STEPS=2, CHECK_EVERY=1, N_TEST=8, N_PARTS=8, DAMAGE=0.01, task_of=lambda name: shorter(task_of(name))
+        STEPS=2, CHECK_EVERY=2, N_TEST=8, N_PARTS=8, DAMAGE=0.01, task_of=lambda name: shorter(task_of(name))
     )
     asked = names["options"]  # the tiny tokenizer makes some prompts longer than the 32 tokens of the real runs
-    run.__globals__.update(options=lambda job, model: asked(job, model) | {"max_tokens": 128})
+    run.__globals__.update(options=lambda job, model: asked(job, model) | {"max_tokens": 128, "n_validation": 4})
+    monkeypatch.setattr("lens_affect.task_metrics.N_RESAMPLES", 50)
     monkeypatch.setattr("lens_affect.damage.MOST_TRIALS", 8)
     monkeypatch.setattr(lens_affect, "choose_rate", lambda *a, **k: 0.01, raising=False)
     model = load_model(make_hf_model("llama"), tokenizer=make_tokenizer())
@@ -176,8 +177,9 @@ def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(
 
 
 def shorter(task):
-    """The same task with few texts to be scored on."""
-    return dataclasses.replace(task, splits=task.splits | {"test": task.splits["test"][:12]})
+    """The same task with few texts to be scored on, and short ones to be written."""
+    brief = {"max_new_tokens": 6} if hasattr(task, "max_new_tokens") else {}
+    return dataclasses.replace(task, splits=task.splits | {"test": task.splits["test"][:12]}, **brief)
 
 
 class LetterCounts:
