@@ -118,7 +118,13 @@ class LocalizationCurve:
         return self.per_cluster[torch.from_numpy(draws)].mean(1)
 
     def best_depth_interval(self, *, seed: int = 0, n_resamples: int = 2000) -> tuple[float, float]:
-        """95 % percentile interval of the best layer's depth over bootstrap samples of topics."""
+        """95 % percentile interval of the best layer's depth over bootstrap samples of topics.
+
+        How often it holds the layer that is best in truth was measured on 200 planted data sets per curve (12 topics, 20 emotions, 30 layers,
+        accuracy 0.49 at the best layer: analyses/benchmarks/depth_interval.py): 0.995 for a peak in the middle, 0.990 for one at depth 0.8, 0.985 for a
+        hump that is almost level, 0.955 for a curve that rises to the last layer. Where a curve rises to a plateau on which later layers are
+        better by less than the noise, it holds the very last one in 0.480: there it says where the plateau is, not which of its layers is best.
+        """
         curves = self.resample(n_resamples, seed=seed)[:, self.layer_rows]
         best = curves.argmax(1) if self.better == "high" else curves.argmin(1)
         depths = self.depth[self.layer_rows][best].numpy()
