@@ -62,6 +62,7 @@ benchmarks: .venv/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python analyses/benchmarks/generation.py
 	HF_HUB_OFFLINE=1 $(BIN)/python analyses/benchmarks/permutations.py
 	HF_HUB_OFFLINE=1 $(BIN)/python analyses/benchmarks/shape_errors.py
+	HF_HUB_OFFLINE=1 $(BIN)/python analyses/benchmarks/depth_interval.py
 	HF_HUB_OFFLINE=1 $(BIN)/python analyses/benchmarks/patching.py
 	HF_HUB_OFFLINE=1 $(BIN)/python analyses/benchmarks/steering.py
 

@@ -25,7 +25,7 @@ import plotly.io as pio
 
 import lens_affect as la
 
-QUICK = bool(os.environ.get("LENS_AFFECT_QUICK"))  # two emotions, no story: what the tests run
+QUICK = bool(os.environ.get("LENS_AFFECT_QUICK"))  # two emotions, two short stories of each: what the tests run
 pio.renderers.default = "json" if QUICK else "plotly_mimetype+png"
 
 # %%
@@ -85,10 +85,10 @@ vectors.top_tokens(model, curve.best_layer, k=5)
 # The second method of the paper: the model writes the texts, and they are read after the request that asked for them.
 
 # %%
-if not QUICK:
-    stories = la.write_stories(model, passages.labels[:-1], n_stories=6, max_new_tokens=80, max_rounds=3, seed=0)
-    print(stories)
-    written = la.extract_activations(model, stories.stimuli, pooling="mean_without_sinks")
-    both = [curve, la.localize(written, score="nearest_mean", n_permutations=200, seed=0)]
-    print(both[1])
-    la.plot_curves(both, bar=bar.accuracy).show()
+size = {"n_stories": 2, "max_new_tokens": 16, "minimum_tokens": 8} if QUICK else {"n_stories": 6, "max_new_tokens": 80}
+stories = la.write_stories(model, passages.labels[:-1], **size, neutral=not QUICK, max_rounds=3, seed=0)
+print(stories)
+written = la.extract_activations(model, stories.stimuli, pooling="mean_without_sinks")
+both = [curve, la.localize(written, score="nearest_mean", n_permutations=0 if QUICK else 200, seed=0)]
+print(both[1])
+la.plot_curves(both, bar=bar.accuracy).show()

@@ -127,6 +127,7 @@ if TYPE_CHECKING:
     from lens_affect.projections import LayerProjections as LayerProjections
     from lens_affect.projections import projection_by_layer as projection_by_layer
     from lens_affect.protocols import extract_protocol as extract_protocol
+    from lens_affect.protocols import write_protocol_stories as write_protocol_stories
     from lens_affect.regimes import RegimeMap as RegimeMap
     from lens_affect.regimes import Thresholds as Thresholds
     from lens_affect.regimes import classify_regimes as classify_regimes
@@ -400,6 +401,7 @@ _HOME = {
     "view_tokens": "views",
     "write_adapter": "tuned",
     "write_report": "report",
+    "write_protocol_stories": "protocols",
     "write_stories": "stories",
 }
 

@@ -168,6 +168,7 @@ def extract_activations(
     keep: Literal["pooled", "moments"] = "pooled",
     batch_tokens: int | Literal["auto"] = "auto",
     own_bos: bool = False,
+    tokens: Sequence[Sequence[int]] | None = None,
     spool: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Activations:
@@ -188,6 +189,7 @@ def extract_activations(
             cell, in memory that does not grow with the number of texts.
         batch_tokens: padded tokens per batch.
         own_bos: keep the tokenizer's own BOS default (protocol jeong2026).
+        tokens: of each text as a model generated it, without those of the prompt; by default the tokenizer cuts the texts.
         spool: folder for the memory-mapped files; by default a temporary one that lives as long as the result.
         progress: called with (texts done, texts in all).
 
@@ -212,6 +214,7 @@ def extract_activations(
         keep=keep,
         batch_tokens=batch_tokens,
         own_bos=own_bos,
+        tokens=tokens,
         spool=spool,
         progress=progress,
     )[pooling]
@@ -227,6 +230,7 @@ def extract_poolings(
     keep: Literal["pooled", "moments"] = "pooled",
     batch_tokens: int | Literal["auto"] = "auto",
     own_bos: bool = False,
+    tokens: Sequence[Sequence[int]] | None = None,
     spool: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Activations]:
@@ -241,6 +245,7 @@ def extract_poolings(
         keep: `pooled` or `moments`.
         batch_tokens: padded tokens per batch.
         own_bos: keep the tokenizer's own BOS default.
+        tokens: of each text as a model generated it.
         spool: folder for the files, with one folder per pooling in it if there are several.
         progress: called with (texts done, texts in all).
     """
@@ -253,7 +258,7 @@ def extract_poolings(
         raise ValueError(f"received poolings {list(poolings)}; allowed are one or more different ones")
     resolved = [resolve_site(model, name) for name in names]
     chosen = _check_layers(layers, int(model.cfg.n_layers))
-    encoded = _encode_all(model, stimuli, own_bos=own_bos)
+    encoded = _encode_all(model, stimuli, own_bos=own_bos, tokens=tokens)
     weights = {p: [_pooling_weights(e, p, row) for row, e in enumerate(encoded)] for p in poolings}
     if keep not in ("pooled", "moments"):
         raise ValueError(f"received keep={keep!r}; allowed are 'pooled' and 'moments'")
@@ -433,10 +438,16 @@ def _check_layers(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ...
     return chosen
 
 
-def _encode_all(model: LensModel, stimuli: Stimuli, *, own_bos: bool) -> list[Encoded]:
+def _encode_all(
+    model: LensModel, stimuli: Stimuli, *, own_bos: bool, tokens: Sequence[Sequence[int]] | None
+) -> list[Encoded]:
+    if tokens is not None and len(tokens) != len(stimuli):
+        raise ValueError(
+            f"received tokens of {len(tokens)} texts for {len(stimuli)} texts; allowed is one entry per text"
+        )
     encoded = [
-        encode(model, text, prompt, own_bos=own_bos)
-        for text, prompt in zip(stimuli.texts, stimuli.prompts, strict=True)
+        encode(model, text, prompt, own_bos=own_bos, tokens=cut)
+        for text, prompt, cut in zip(stimuli.texts, stimuli.prompts, tokens or [None] * len(stimuli), strict=True)
     ]
     window = context_window(model)
     long = [(row, len(e.ids)) for row, e in enumerate(encoded) if len(e.ids) > window]

@@ -151,10 +151,17 @@ def chat_template_hash(tokenizer: Any) -> str | None:
 
 
 def cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Round the weights and nothing else: rotary frequencies and embedding scales stay as Hugging Face keeps them, in float32."""
+    """Round the weights and nothing else: rotary frequencies and embedding scales stay as Hugging Face keeps them, in float32.
+
+    A bridge gives an unembedding without a bias one of zeros that is a buffer, not a parameter; a linear map needs both in one precision.
+    """
     for parameter in model.parameters():
         if parameter.dtype.is_floating_point:
             parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        bias = dict(module.named_buffers(recurse=False)).get("bias")
+        if isinstance(module, torch.nn.Linear) and bias is not None:
+            bias.data = bias.data.to(dtype)
 
 
 def is_bridge(model: Any) -> bool:
@@ -197,7 +204,9 @@ def bos_policy(model: LensModel) -> Literal["prepended", "none"]:
     return "prepended" if prepends else "none"
 
 
-def encode(model: LensModel, text: str, prompt: str = "", *, own_bos: bool = False) -> Encoded:
+def encode(
+    model: LensModel, text: str, prompt: str = "", *, own_bos: bool = False, tokens: Sequence[int] | None = None
+) -> Encoded:
     """Tokens of a text, read bare or after the request that it answers.
 
     Args:
@@ -206,9 +215,10 @@ def encode(model: LensModel, text: str, prompt: str = "", *, own_bos: bool = Fal
         prompt: a user request; it goes through the chat template where the model has one, else it stands before the text
             with an empty line between.
         own_bos: keep the tokenizer's own default instead of TransformerLens's BOS (protocol jeong2026).
+        tokens: of the text, where they are known: a tokenizer may cut a text that a model wrote in other places than the model did.
     """
     tokenizer = model.tokenizer
-    body = token_ids(tokenizer, text)
+    body = token_ids(tokenizer, text) if tokens is None else tuple(tokens)
     if prompt:
         head, bos = encode_prompt(model, prompt, own_bos=own_bos)
     else:

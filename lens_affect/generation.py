@@ -91,6 +91,7 @@ def generate(
     row_seeds: Sequence[int | str] | None = None,
     stop: Sequence[int] | None = None,
     form: Form | None = None,
+    own_bos: bool = False,
     use_cache: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Generated:
@@ -108,6 +109,7 @@ def generate(
         row_seeds: name of each row's random stream; rows with the same name draw the same numbers. Row numbers by default.
         stop: token ids that end a row; by default the model's end-of-text and end-of-turn tokens.
         form: `chat` (the default where the model has a chat template), `plain` (an empty line behind the prompt), or `continue`.
+        own_bos: keep the tokenizer's own BOS default (protocol jeong2026).
         use_cache: keep keys and values; without them every token reads the whole text again.
         progress: called with (tokens done per row, limit).
 
@@ -125,7 +127,7 @@ def generate(
         _check_intervention(model, change, len(prompts))
     ensure_checked(model)
     form = form or form_of(model)
-    heads = [encode_prompt(model, prompt, form=form)[0] for prompt in prompts]
+    heads = [encode_prompt(model, prompt, own_bos=own_bos, form=form)[0] for prompt in prompts]
     room = context_window(model) - max(map(len, heads))
     if room < max_new_tokens:
         raise ValueError(

@@ -27,7 +27,7 @@ from lens_affect.results import (
     package_versions,
     save_result,
 )
-from lens_affect.statistics import mean_interval, resample_clusters
+from lens_affect.statistics import resample_clusters, share_interval
 
 
 def judge_names(judge: Judge) -> dict[str, tuple[str, ...]]:
@@ -104,9 +104,9 @@ class Judgement:
         )
 
     def by_emotion(self) -> pd.DataFrame:
-        """One row per emotion: mean probability over the n texts that are not empty with its 95 % t interval, share on top, match, auc."""
+        """One row per emotion: mean probability over the n texts that are not empty with its 95 % interval (t, within 0 and 1), share on top, match, auc."""
         kept = self.probabilities[[bool(name) for name in self.top]].double().numpy()
-        mean = mean_interval(kept)
+        mean = share_interval(kept)
         counts = Counter(self.top)
         return pd.DataFrame(
             {

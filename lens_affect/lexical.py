@@ -11,7 +11,7 @@ from torch import Tensor
 from lens_affect.designs import make_design
 from lens_affect.localization import LocalizationCurve
 from lens_affect.scores import SCORES, accuracy_scores
-from lens_affect.statistics import Interval, mean_interval
+from lens_affect.statistics import Interval, mean_interval, share_interval
 from lens_affect.stimuli import Stimuli
 
 
@@ -82,7 +82,7 @@ def lexical_bar(stimuli: Stimuli, *, n_splits: int | None = None, seed: int = 0)
             )
         found[name] = accuracy_scores(correct, torch.from_numpy(design.labels)[None], design).per_cluster[0]
     best = max(found, key=lambda name: float(found[name].mean()))
-    interval = mean_interval(found[best].numpy())
+    interval = share_interval(found[best].numpy())
     return LexicalBar(
         float(interval.estimate),
         float(interval.low),

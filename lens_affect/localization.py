@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from scipy import stats
 from torch import Tensor
 
 from lens_affect.activations import Activations
@@ -23,7 +22,15 @@ from lens_affect.nulls import max_null, p_text
 from lens_affect.results import Provenance, Stopwatch, load_result, save_result
 from lens_affect.scores import SCORE_LAYER, SCORES, LayerScores
 from lens_affect.shapes import CurveShape, curve_shape
-from lens_affect.statistics import Better, Interval, derive_seed, jackknife_interval, mean_interval, resample_clusters
+from lens_affect.statistics import (
+    Better,
+    Interval,
+    derive_seed,
+    jackknife_interval,
+    mean_interval,
+    resample_clusters,
+    share_interval,
+)
 from lens_affect.stimuli import NEUTRAL, Stimuli
 
 EMBEDDING = "embedding"
@@ -111,7 +118,13 @@ class LocalizationCurve:
         return self.per_cluster[torch.from_numpy(draws)].mean(1)
 
     def best_depth_interval(self, *, seed: int = 0, n_resamples: int = 2000) -> tuple[float, float]:
-        """95 % percentile interval of the best layer's depth over bootstrap samples of topics."""
+        """95 % percentile interval of the best layer's depth over bootstrap samples of topics.
+
+        How often it holds the layer that is best in truth was measured on 200 planted data sets per curve (12 topics, 20 emotions, 30 layers,
+        accuracy 0.49 at the best layer: analyses/benchmarks/depth_interval.py): 0.995 for a peak in the middle, 0.990 for one at depth 0.8, 0.985 for a
+        hump that is almost level, 0.955 for a curve that rises to the last layer. Where a curve rises to a plateau on which later layers are
+        better by less than the noise, it holds the very last one in 0.480: there it says where the plateau is, not which of its layers is best.
+        """
         curves = self.resample(n_resamples, seed=seed)[:, self.layer_rows]
         best = curves.argmax(1) if self.better == "high" else curves.argmin(1)
         depths = self.depth[self.layer_rows][best].numpy()
@@ -271,7 +284,7 @@ def localize(
     values = torch.cat([m.observed.score for m in measured])
     clusters = torch.stack([m.clusters for m in measured], 1)  # cluster, row
     clusters = clusters[~clusters.isnan().any(1)]  # a fold that lacks one side has no AUC
-    interval, per_cluster = _interval(values, clusters, jackknife=kind in ("cosine", "dprime"))
+    interval, per_cluster = _interval(values, clusters, kind)
     return LocalizationCurve(
         score=score,
         better=better,
@@ -397,9 +410,9 @@ def _rows(activations: Activations) -> list[tuple[str, float, Tensor]]:
     return rows
 
 
-def _interval(values: Tensor, clusters: Tensor, *, jackknife: bool) -> tuple[Interval, Tensor]:
-    if not jackknife:
-        return mean_interval(clusters.numpy()), clusters
+def _interval(values: Tensor, clusters: Tensor, kind: str) -> tuple[Interval, Tensor]:
+    if kind not in ("cosine", "dprime"):
+        return share_interval(clusters.numpy()), clusters
     n = len(clusters)
     pseudo = n * values - (n - 1) * clusters
     return jackknife_interval(values.numpy(), clusters.numpy()), pseudo
@@ -465,7 +478,7 @@ def _per_emotion(measured: Sequence[_Measured], emotions: Sequence[str], kind: s
 
 
 def _emotion_interval(measured: _Measured, emotion: int, value: float, kind: str) -> tuple[float, float]:
-    """Jackknife for d', Wilson for a share of texts (t has no width at 0 and 1), t for a mean of shares."""
+    """Jackknife for d', an interval within 0 and 1 for accuracies (statistics.share_interval), t for anything else."""
     if measured.left_out is not None:
         assert measured.left_out.per_emotion is not None  # d' has a value per emotion
         left_out = measured.left_out.per_emotion[:, emotion]
@@ -474,8 +487,5 @@ def _emotion_interval(measured: _Measured, emotion: int, value: float, kind: str
     cells = measured.observed.emotion_cluster
     assert cells is not None  # a score with per-emotion values has them per cluster too
     seen = cells[0, emotion][~cells[0, emotion].isnan()].numpy()
-    if kind == "accuracy" and len(seen) and np.isin(seen, (0.0, 1.0)).all():
-        found = stats.binomtest(int(seen.sum()), len(seen)).proportion_ci(method="wilson")
-        return float(found.low), float(found.high)
-    interval = mean_interval(seen)
+    interval = share_interval(seen) if kind in ("accuracy", "auc") and len(seen) else mean_interval(seen)
     return float(interval.low), float(interval.high)

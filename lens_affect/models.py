@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +98,12 @@ def load_model(
     set_model_info(bridge, info)
     ensure_checked(bridge)
     if chosen == "auto" and folder is not None and not compatibility and _bfloat16_gain(bridge, place) >= WORTHWHILE:
-        info.restore_float32 = lambda: _restore(
+        use_bfloat16(
             bridge,
-            load_model(
+            lambda: load_model(
                 name_or_path, dtype=torch.float32, device=place, revision=revision, trust_remote_code=trust_remote_code
             ),
         )
-        _use_bfloat16(bridge, info)
     return bridge
 
 
@@ -300,7 +299,15 @@ def _bfloat16_gain(bridge: Any, device: torch.device) -> float:
     return sorted(ratios)[2]
 
 
-def _use_bfloat16(bridge: Any, info: ModelInfo) -> None:
+def use_bfloat16(bridge: Any, load_again: Callable[[], Any]) -> None:
+    """What `dtype="auto"` does where bfloat16 pays: round the weights, and have every reader check that its pooling survives it.
+
+    Args:
+        bridge: a model in float32 that load_model made.
+        load_again: gives the same model in float32, for a reader that finds bfloat16 too coarse.
+    """
+    info = model_info(bridge)
+    info.restore_float32 = lambda: _restore(bridge, load_again())
     cast_parameters(bridge, torch.bfloat16)
     info.precision_is_automatic = True
     update_provenance(bridge, dtype="bfloat16", checks={})

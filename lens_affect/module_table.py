@@ -18,7 +18,7 @@ from jaxtyping import Float
 from scipy import stats
 
 from lens_affect.results import Provenance, load_result, save_result
-from lens_affect.tasks import TaskScores
+from lens_affect.tasks import SHARES, TaskScores
 from lens_affect.tuned import Tuned
 
 MEASURES = ("score", "log_share")
@@ -215,8 +215,11 @@ def compare_arms(
                 )
             if not run.exploded:
                 found[label][run.seed] = sign * _values(scores.calibrated() if calibrated else scores, measure)
-    rows = [_row(label, several, found, origin, groups, reference, sign) for label, several in runs.items()]
     metric = base.metric if measure == "score" else "log share of the right label"
+    rows = [
+        _row(label, several, found, origin, groups, reference, sign, metric in SHARES)
+        for label, several in runs.items()
+    ]
     labelled = [run.to_frame().assign(label=label) for label, several in runs.items() for run in several]
     return ModuleTable(
         arms=_with_shares(pd.DataFrame(rows), reference),
@@ -250,6 +253,7 @@ def _row(
     groups: Sequence[str],
     reference: str,
     sign: float,
+    share: bool,
 ) -> dict[str, Any]:
     mine = found[label]
     row: dict[str, Any] = {
@@ -268,6 +272,10 @@ def _row(
     values = np.stack(list(mine.values()))
     score, gain = two_way_interval(values, groups), two_way_interval(values - base, groups)
     ends = sorted((sign * score.low, sign * score.high))
+    if (
+        share
+    ):  # few seeds and examples give wide t intervals; no share lies beyond 0 and 1, so the cut takes nothing true away
+        ends = [min(max(end, 0.0), 1.0) for end in ends]
     row |= {"score": sign * score.estimate, "low": ends[0], "high": ends[1]}
     row |= {"gain": gain.estimate, "gain_low": gain.low, "gain_high": gain.high}
     whole = _paired(mine, found.get(reference, {}))

@@ -57,6 +57,40 @@ def mean_interval(per_cluster: Float[np.ndarray, "cluster *rows"], *, confidence
     return Interval(mean, np.asarray(mean - half), np.asarray(mean + half))
 
 
+def share_interval(per_cluster: Float[np.ndarray, "cluster *rows"], *, confidence: float = 0.95) -> Interval:
+    """Mean over clusters of shares (accuracies, probabilities), with an interval that stays within 0 and 1.
+
+    Where every cluster is a plain 0 or 1, each is one trial: Wilson's interval, which has a width at 0 and 1 too, where t has none.
+    Otherwise the t interval of `mean_interval`, cut off at 0 and 1: no share lies beyond, so the cut takes away nothing that could be
+    true, and coverage stays as it is.
+
+    Args:
+        per_cluster: shares by cluster and any further axes.
+        confidence: level of the interval.
+
+    Returns:
+        Means with limits; NaN limits below two clusters that hold more than a plain 0 or 1.
+
+    Source: Wilson (1927, doi:10.1080/01621459.1927.10502953).
+
+    Example:
+        >>> found = share_interval(np.array([1.0, 1.0, 1.0]))
+        >>> round(float(found.low), 3), round(float(found.high), 3)
+        (0.439, 1.0)
+    """
+    found = mean_interval(per_cluster, confidence=confidence)
+    n = per_cluster.shape[0]
+    if n == 0:
+        return found
+    z2 = float(stats.norm.ppf(0.5 + confidence / 2)) ** 2
+    mean = found.estimate
+    centre = (mean + z2 / (2 * n)) / (1 + z2 / n)
+    half = np.sqrt(z2 * (np.clip(mean * (1 - mean), 0, None) / n + z2 / (4 * n**2))) / (1 + z2 / n)
+    trials = np.isin(per_cluster, (0.0, 1.0)).all(axis=0)
+    low, high = np.where(trials, centre - half, found.low), np.where(trials, centre + half, found.high)
+    return Interval(mean, np.asarray(np.clip(low, 0.0, 1.0)), np.asarray(np.clip(high, 0.0, 1.0)))
+
+
 def cluster_means(values: Float[np.ndarray, " item"], clusters: Sequence[Any]) -> Float[np.ndarray, " cluster"]:
     """Mean of each cluster in order of appearance, over what is not NaN; clusters without a value are left out.
 

@@ -16,6 +16,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lens_affect.activations import Activations, extract_activations
+from lens_affect.adapter import model_info
 from lens_affect.anisotropy import Anisotropy, measure_anisotropy
 from lens_affect.comparison import MethodComparison, compare_methods
 from lens_affect.designs import draw_labellings, make_design
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 Method = Literal["comprehension", "generation"]
 SPEC = "spec.json"
+PRECISION = "precision.json"
+"""File of a run with automatic precision: what the model ran in when each step was done."""
 MAPS = "patching"
 """Folder of a run that holds patching maps."""
 STEERING = "steering"
@@ -395,19 +398,54 @@ class _Run:
     def model(self) -> Any:
         if self._model is None:
             with self.report("load the model"):
-                self._model = self._load(self.spec.model, self.spec.dtype)
+                self._model = self._load_as_before()
         return self._model
+
+    def _load_as_before(self) -> Any:
+        """The model in the precision in which the last finished step left it.
+
+        `dtype="auto"` decides by a measurement, and a reader that finds bfloat16 too coarse goes back to float32 for the rest of the
+        run; a run that is resumed has to go on from there, whatever a new measurement would say.
+        """
+        name, dtype = self.spec.model, self.spec.dtype
+        done = [kept for step, kept in self._precisions().items() if self._is_done(step)]
+        if dtype != "auto" or not done:
+            return self._load(name, dtype)
+        model = self._load(name, "float32")
+        if done[-1] == "bfloat16":
+            from lens_affect.models import use_bfloat16
+
+            use_bfloat16(model, lambda: self._load(name, "float32"))
+        return model
+
+    def _precisions(self) -> dict[str, str]:
+        """Precision after each step, in the order of the steps."""
+        path = self.folder / PRECISION
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def _note_precision(self, step: str) -> None:
+        """Written before the step is saved, and believed only once it is: whenever a run is killed, both are there or neither counts."""
+        if self._model is None or self.spec.dtype != "auto":
+            return
+        kept = {name: precision for name, precision in self._precisions().items() if name != step}
+        kept[step] = str(model_info(self._model).provenance.dtype)
+        write_text_atomically(self.folder / PRECISION, json.dumps(kept, indent=1))
+
+    def _is_done(self, step: str) -> bool:
+        return (self.folder / "steps" / step / "manifest.json").is_file()
 
     def step(self, name: str, kind: Any, work: Callable[[Callable[[int, int], None]], Any]) -> Any:
         place = self.folder / "steps" / name
-        if (place / "manifest.json").is_file():
+        if self._is_done(name):
             try:
                 return load_result(kind, place)
             except ValueError as error:
                 log.warning("%s: doing this step again", error)
         clock = Stopwatch()
         with self._reported(name) as progress:
-            save_result(work(progress), place, overwrite=True)
+            result = work(progress)
+            self._note_precision(name)
+            save_result(result, place, overwrite=True)
         log.info("%s took %.1f s", name, clock.seconds)
         return load_result(kind, place)
 

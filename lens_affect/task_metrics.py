@@ -18,7 +18,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from lens_affect.results import Provenance
-from lens_affect.statistics import Interval, cluster_means, mean_interval, resample_clusters
+from lens_affect.statistics import Interval, cluster_means, mean_interval, resample_clusters, share_interval
 from lens_affect.tables import read_table, require_columns
 from lens_affect.tasks import TaskScores
 
@@ -301,7 +301,7 @@ def measure_task(scores: TaskScores, *, wheels: Wheels | None = None, seed: int 
             rows.append(_row(name, _bootstrap(function, gold, scores, seed), scores.n))
         if scores.affective:
             hits = hit_rate(gold, scores.predicted, wheels=wheels).mean(axis=0)
-            rows.append(_row("hit rate", mean_interval(cluster_means(hits, scores.groups)), scores.n))
+            rows.append(_row("hit rate", share_interval(cluster_means(hits, scores.groups)), scores.n))
         if scores.log_probabilities.shape[1]:
             shares = scores.gold_log_probability().double().numpy()
             rows.append(

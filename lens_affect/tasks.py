@@ -26,12 +26,14 @@ from lens_affect.answers import answer_scores, choice_log_probabilities, text_lo
 from lens_affect.generation import generate
 from lens_affect.judges import Judge, load_judge
 from lens_affect.results import Provenance, Stopwatch, content_hash, load_result, save_result
-from lens_affect.statistics import Better, Interval, cluster_means, derive_generator, mean_interval
+from lens_affect.statistics import Better, Interval, cluster_means, derive_generator, mean_interval, share_interval
 from lens_affect.stimuli import named_emotion
 from lens_affect.task_data import Example
 
 SCORINGS = ("likelihood", "first_token", "generation")
 """How a choice is scored."""
+SHARES = ("accuracy", "exact answers", "judge's probability")
+"""Metrics whose values lie between 0 and 1."""
 Progress = Callable[[int, int], None]
 
 
@@ -77,8 +79,9 @@ class TaskScores:
         return float(self.values.nanmean()) if self.n else float("nan")
 
     def interval(self) -> Interval:
-        """Mean over groups with a t interval over groups."""
-        return mean_interval(cluster_means(self.values.double().numpy(), self.groups))
+        """Mean over groups with an interval over groups: t, and for shares one that stays within 0 and 1 (statistics.share_interval)."""
+        means = cluster_means(self.values.double().numpy(), self.groups)
+        return share_interval(means) if self.metric in SHARES else mean_interval(means)
 
     def calibrated(self) -> "TaskScores":
         """The same with label priors taken out: each label's mean probability over these (unlabelled) examples becomes equal in the log.

@@ -22,12 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "analyses").glob("[0-9]*.py"))
 
 
-@pytest.fixture
-def one_loading(real_model, monkeypatch):
-    """The scripts get the model that this session has loaded (or the test is skipped with the reason): loading is tested elsewhere."""
-    replace_loading(monkeypatch, real_model("smollm2-135m-instruct"))
-
-
 @pytest.fixture(scope="module")
 def narrow(real_model):
     """A random model as deep as SmolLM2, with its tokenizer, and of width 32: what the scripts print about it means nothing, but they run."""
@@ -58,12 +52,15 @@ def replace_loading(monkeypatch, model):
 
 
 @pytest.mark.weights
-def test_the_layer_sweep_runs_in_quick_mode(one_loading, capsys):
+def test_the_layer_sweep_runs_in_quick_mode(narrow_loading, capsys):
+    """What it prints about real weights is in the README's example, which is run too."""
     names = runpy.run_path(str(ROOT / "analyses" / "01_layer_sweep.py"))
     printed = capsys.readouterr().out
     assert "nearest_mean is best at layer" in printed
     assert "above the bar by" in printed
     assert names["curve"].n_emotions == 2
+    assert len(names["stories"].stimuli) == names["stories"].n_wanted == 4
+    assert len(names["both"][1].layer_rows) == 30
 
 
 @pytest.mark.weights
@@ -128,7 +125,9 @@ def test_modules_reads_finished_runs_and_says_when_the_gate_is_special(monkeypat
     assert list(names["tables"]) == ["equal rank, rank 4", "equal size, rank 4"]
 
 
-def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(monkeypatch, capsys, tmp_path):
+def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(
+    few_neutral_texts, monkeypatch, capsys, tmp_path
+):
     """The whole chain on a tiny model: first seed of every arm, a second start that trains nothing, and the page that reads them."""
     write_goemotions(tmp_path / "data")
     monkeypatch.setattr("lens_affect.tasks.load_judge", LetterCounts)
@@ -138,10 +137,11 @@ def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(monkeyp
     names = runpy.run_path(str(ROOT / "analyses" / "tune_arms.py"))
     run, jobs, task_of = names["run"], [job for job in names["campaign"]() if job.seed == 0], names["task_of"]
     run.__globals__.update(
-        STEPS=2, CHECK_EVERY=1, N_TEST=8, N_PARTS=8, DAMAGE=0.01, task_of=lambda name: shorter(task_of(name))
+        STEPS=2, CHECK_EVERY=2, N_TEST=8, N_PARTS=8, DAMAGE=0.01, task_of=lambda name: shorter(task_of(name))
     )
     asked = names["options"]  # the tiny tokenizer makes some prompts longer than the 32 tokens of the real runs
-    run.__globals__.update(options=lambda job, model: asked(job, model) | {"max_tokens": 128})
+    run.__globals__.update(options=lambda job, model: asked(job, model) | {"max_tokens": 128, "n_validation": 4})
+    monkeypatch.setattr("lens_affect.task_metrics.N_RESAMPLES", 50)
     monkeypatch.setattr("lens_affect.damage.MOST_TRIALS", 8)
     monkeypatch.setattr(lens_affect, "choose_rate", lambda *a, **k: 0.01, raising=False)
     model = load_model(make_hf_model("llama"), tokenizer=make_tokenizer())
@@ -177,8 +177,9 @@ def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(monkeyp
 
 
 def shorter(task):
-    """The same task with few texts to be scored on."""
-    return dataclasses.replace(task, splits=task.splits | {"test": task.splits["test"][:12]})
+    """The same task with few texts to be scored on, and short ones to be written."""
+    brief = {"max_new_tokens": 6} if hasattr(task, "max_new_tokens") else {}
+    return dataclasses.replace(task, splits=task.splits | {"test": task.splits["test"][:12]}, **brief)
 
 
 class LetterCounts:

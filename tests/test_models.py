@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from lens_affect import activations, models
 from lens_affect.activations import extract_activations
-from lens_affect.adapter import model_info, parameter_fingerprint
+from lens_affect.adapter import model_info, parameter_fingerprint, run_logits
 from lens_affect.catalogue import FetchError
+from lens_affect.generation import generate
 from lens_affect.models import load_model
+from lens_affect.selfchecks import SelfCheckError
 from lens_affect.stimuli import Stimuli
 from lens_affect.unwrapping import CHECK
 from tests.tiny import FAMILIES, make_hf_model, make_tokenizer
@@ -138,6 +140,45 @@ def test_bfloat16_when_asked_for_is_kept_and_stays_close(saved, exact, family):
     assert not torch.equal(found.values, fine.values)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_float16_reads_and_writes_where_nothing_overflows(saved, exact, family):
+    half = load_model(saved(family), dtype=torch.float16)
+    found = extract_activations(half, STIMULI)
+    assert next(half.parameters()).dtype == torch.float16
+    assert found.provenance.dtype == "float16"
+    assert all(text.startswith("passed") for name, text in found.provenance.checks.items() if name != CHECK)
+    fine = extract_activations(exact(family), STIMULI)
+    assert torch.cosine_similarity(found.values, fine.values, dim=-1).min() > 0.999
+    assert not torch.equal(found.values, fine.values)
+    assert generate(half, ["He felt"], max_new_tokens=4).finite == (True,)
+
+
+def test_a_model_that_overflows_in_float16_is_refused_when_it_is_loaded(tmp_path):
+    """65,504 is the largest number there; Gemma's residual stream exceeds it."""
+    hf = make_hf_model("gemma3")
+    with torch.no_grad():
+        hf.model.embed_tokens.weight.mul_(1e5)
+    folder = save(hf, tmp_path / "large")
+    assert extract_activations(load_model(folder, dtype=torch.float32), STIMULI).values.isfinite().all()
+    with pytest.raises(SelfCheckError, match=r"float32"):
+        load_model(folder, dtype=torch.float16)
+
+
+def test_a_text_that_overflows_in_float16_is_refused_with_its_layer_and_what_to_do(saved):
+    half = load_model(saved("llama"), dtype=torch.float16)
+    with (
+        torch.no_grad()
+    ):  # after the self-checks, so that the reader has to see it; every weight is finite, their sums are not
+        half.original_model.model.layers[1].mlp.down_proj.weight.fill_(6e4)
+    assert all(p.isfinite().all() for p in half.parameters())
+    message = (
+        r"not finite: resid_post, layer 1, text \d, in float16; load the model with dtype=torch.float32 or bfloat16"
+    )
+    with pytest.raises(ValueError, match=message):
+        extract_activations(half, STIMULI)
+    assert generate(half, ["The kettle"], max_new_tokens=4, greedy=True).finite == (False,)
+
+
 @pytest.fixture
 def bfloat16_pays(monkeypatch):
     monkeypatch.setattr(models, "_bfloat16_gain", lambda *args: 3.0)
@@ -163,6 +204,23 @@ def test_automatic_bfloat16_survives_where_vectors_agree_with_float32(saved, exa
     assert not torch.equal(found.values, fine.values)
     again = extract_activations(model, STIMULI)  # and the check of the second run changes nothing
     assert torch.equal(found.values, again.values)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_automatic_bfloat16_gives_logits_and_text_before_and_after_a_reading(
+    saved, exact, family, bfloat16_pays, monkeypatch
+):
+    """The bridge's unembedding has a bias of its own: rounding all but that one would stop the first forward pass to the logits."""
+    monkeypatch.setattr(activations, "MINIMUM_COSINE", 0.9)
+    model = load_model(saved(family))
+    tokens = torch.arange(5, 25)[None]
+    expected = run_logits(exact(family), tokens, torch.ones_like(tokens))
+    for _ in range(2):
+        assert model_info(model).provenance.dtype == "bfloat16"
+        found = run_logits(model, tokens, torch.ones_like(tokens))
+        assert torch.cosine_similarity(found, expected, dim=-1).min() > 0.98
+        assert generate(model, ["He felt"], max_new_tokens=3).finite == (True,)
+        extract_activations(model, STIMULI)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

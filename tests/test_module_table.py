@@ -174,3 +174,16 @@ def test_runs_of_a_campaign_are_loaded_by_folder_name(tmp_path):
     assert found["gate-seed1"].seed == 1
     with pytest.raises(FileNotFoundError, match="holds no finished run"):
         load_runs(tmp_path / "half-done")
+
+
+def test_scores_of_three_examples_stay_between_0_and_1_and_a_loss_may_go_beyond():
+    right = np.array([1.0, 1.0, 0.0])
+    share = compare_arms({"all": [run("all", s, scores(0 * right), scores(right)) for s in (0, 1)]}, reference="all")
+    row = share.arms.iloc[0]
+    assert (row["low"], row["high"]) == (0.0, 1.0)
+    assert two_way_interval(np.stack([right, right]), list("abc")).high > 1
+    loss = compare_arms(
+        {"all": [run("all", s, scores(right, better="low"), scores(3 * right, better="low")) for s in (0, 1)]},
+        reference="all",
+    )
+    assert loss.arms.iloc[0]["high"] > 3

@@ -1,5 +1,6 @@
 """Scorecard: planted runs get the verdict that their rule implies."""
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -35,19 +36,28 @@ NOTHING = [0.0] * 9
 FEW = ("happy", "calm", "sad", "angry", "proud", "afraid")
 
 
+@functools.cache
+def measured(seed, strengths, n_permutations):
+    """Planted activations, their vectors, a curve per score, and one against random directions; shared, so tests must not change them."""
+    activations = layers(seed, list(strengths), n_topics=12, emotions=FEW, d=16, n_neutral=12)
+    scores = ("nearest_mean", "mean_cosine_neutral")
+    curves = {score: localize(activations, score=score, n_permutations=n_permutations) for score in scores}
+    random = localize(activations, n_permutations=n_permutations, null="directions") if n_permutations else None
+    return activations, fit_vectors(activations), curves, random
+
+
 def planted_run(folder, passages, stories=None, *, model="planted", n_permutations=39, comparison=None):
     """A finished run whose emotions separate by the given strengths per layer."""
     methods = ("comprehension",) if stories is None else ("comprehension", "generation")
     curves, directions, stimuli, vectors = {}, {}, {}, {}
+    facts = Provenance(model=model, numerics="hf")
     for i, (method, strengths) in enumerate(zip(methods, (passages, stories), strict=False)):
-        activations = layers(10 + i, strengths, n_topics=12, emotions=FEW, d=16, n_neutral=12)
-        activations = replace(activations, provenance=Provenance(model=model, numerics="hf"))
-        activations.save(folder / "steps" / f"activations-{method}")
-        stimuli[method], vectors[method] = activations.stimuli, fit_vectors(activations)
-        for score in ("nearest_mean", "mean_cosine_neutral"):
-            curves[method, score] = localize(activations, score=score, n_permutations=n_permutations)
-        if n_permutations:
-            directions[method] = localize(activations, n_permutations=n_permutations, null="directions")
+        activations, fitted, found, random = measured(10 + i, tuple(strengths), n_permutations)
+        replace(activations, provenance=facts).save(folder / "steps" / f"activations-{method}")
+        stimuli[method], vectors[method] = activations.stimuli, replace(fitted, provenance=facts)
+        curves |= {(method, score): replace(curve, provenance=facts) for score, curve in found.items()}
+        if random is not None:
+            directions[method] = replace(random, provenance=facts)
     table = pd.DataFrame(
         {"row": [str(i) for i in range(9)], "depth": (np.arange(9) + 1) / 9, "mean_cosine": np.linspace(0.9, 0.7, 9)}
     )

@@ -16,6 +16,7 @@ from lens_affect.statistics import (
     jackknife_interval,
     mean_interval,
     resample_clusters,
+    share_interval,
 )
 
 CLUSTERS = 12
@@ -218,3 +219,35 @@ def test_adjusted_p_is_that_of_statsmodels(method, theirs):
 def test_adjusted_p_refuses_what_is_no_p():
     with pytest.raises(ValueError, match="received p = 1.5"):
         adjust_p(np.array([0.5, 1.5, np.nan]))
+
+
+@pytest.mark.parametrize("right", range(4))
+def test_three_zeros_and_ones_get_wilsons_interval_within_0_and_1(right):
+    values = np.array([1.0] * right + [0.0] * (3 - right))
+    found = share_interval(values)
+    expected = stats.binomtest(right, 3).proportion_ci(method="wilson")
+    assert (float(found.low), float(found.high)) == pytest.approx((expected.low, expected.high))
+    assert 0 <= found.low <= found.estimate <= found.high <= 1
+    assert found.high - found.low > 0.4  # three examples say little, all right or not
+    t = mean_interval(values)
+    assert right in (0, 3) or t.low < 0 or t.high > 1  # what it replaces
+
+
+def test_shares_of_three_topics_are_cut_off_where_no_share_lies():
+    shares = np.array([[0.9, 0.5], [1.0, 0.52], [0.4, 0.48]])  # the first row's t interval ends at 1.57
+    t, found = mean_interval(shares), share_interval(shares)
+    assert t.high[0] > 1
+    assert found.high.tolist() == [1.0, t.high[1]]
+    assert found.low.tolist() == [max(t.low[0], 0.0), t.low[1]]
+    assert np.isnan(share_interval(np.array([0.4])).low)
+
+
+def test_no_share_gets_an_interval_beyond_0_and_1():
+    rng = np.random.default_rng(0)
+    for n in (2, 3, 5, 12):
+        shares = rng.beta(0.3, 0.3, (n, 500)).round(1)
+        found = share_interval(shares)
+        assert (found.low >= 0).all()
+        assert (found.high <= 1).all()
+        assert (found.low <= found.estimate + 1e-12).all()
+        assert (found.estimate <= found.high + 1e-12).all()

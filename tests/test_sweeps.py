@@ -1,6 +1,10 @@
 """Sweeps on a tiny model: steps, resume after a kill, refusals."""
 
+import contextlib
+import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,8 +13,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
+from lens_affect import activations, models, sweeps
+from lens_affect.adapter import model_info
+from lens_affect.cli import app
 from lens_affect.nulls import p_text
+from lens_affect.stories import MAXIMUM_OVERLAP
 from lens_affect.sweeps import SweepSpec, _claim, load_sweep, make_spec, quick, run_sweep
 from tests.tiny import make_hf_model, make_tokenizer
 
@@ -110,6 +119,162 @@ def test_a_killed_run_resumes_to_the_same_tables(model_folder, finished, tmp_pat
     for name, stamp in done.items():
         assert (out / "steps" / name / "manifest.json").stat().st_mtime_ns == stamp
     pd.testing.assert_frame_equal(resumed.to_frame(), finished.to_frame())
+
+
+def leftovers(folder):
+    """Temporary files and folders."""
+    return [p for p in folder.rglob(".*") if p.name.endswith(".tmp")]
+
+
+def test_control_c_during_a_sweep_says_how_to_go_on_and_resuming_gives_the_same_tables(
+    model_folder, finished, tmp_path
+):
+    out = tmp_path / "interrupted"
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs inherit "ignore"
+        "import torch; torch.set_num_threads(1)\n"
+        "from lens_affect.console import reporting_errors\n"
+        "from lens_affect.sweeps import make_spec, run_sweep\n"
+        "with reporting_errors():\n"
+        f"    run_sweep(make_spec(model={model_folder!r}, **{SMALL!r}), {str(out)!r})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (out / "steps" / "activations-comprehension" / "manifest.json").is_file():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "interrupted; finished steps are kept: run the same command with --resume" in said
+    assert "Traceback" not in said
+    assert leftovers(out) == []
+    assert not (out / "curves.csv").is_file()
+    resumed = run_sweep(finished.spec, out, resume=True)
+    pd.testing.assert_frame_equal(resumed.to_frame(), finished.to_frame())
+
+
+def test_control_c_in_every_step_of_a_sweep_costs_nothing_but_that_step(model_folder, finished, tmp_path):
+    """Every step is interrupted once: in its middle where it reports progress, else when it has just been saved."""
+    interrupted = []
+
+    @contextlib.contextmanager
+    def report(name):
+        if name in interrupted:
+            yield lambda done, total: None
+            return
+        interrupted.append(name)
+
+        def stop(done, total):
+            raise KeyboardInterrupt
+
+        yield stop
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    for _ in range(40):
+        done = {p: p.stat().st_mtime_ns for p in out.glob("steps/*/manifest.json")}
+        try:
+            resumed = run_sweep(finished.spec, out, resume=out.exists(), report=report)
+            break
+        except KeyboardInterrupt:
+            assert leftovers(out) == []
+            assert all(p.stat().st_mtime_ns == stamp for p, stamp in done.items())
+    steps = {p.parent.name.replace("-", " ") for p in out.glob("steps/*/manifest.json")}
+    assert steps | {"load the model"} == set(interrupted)
+    pd.testing.assert_frame_equal(resumed.to_frame(), finished.to_frame())
+
+
+def test_the_demo_asks_for_six_stories_of_64_tokens_and_200_permutations(monkeypatch):
+    """What `make demo` calls, up to the run itself."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    line = next(row for row in makefile.splitlines() if "$(BIN)/lens-affect sweep" in row)
+    arguments = shlex.split(line[line.index("sweep") :])
+    asked = []
+
+    def keep(spec, out, **options):
+        asked.append(spec)
+        raise RuntimeError("kept")
+
+    monkeypatch.setattr(sweeps, "run_sweep", keep)
+    done = CliRunner().invoke(app, [*arguments, "--quiet"])
+    assert "kept" in done.stderr, done.output
+    (spec,) = asked
+    assert spec.model == "smollm2-135m-instruct"
+    assert spec.methods == ("comprehension", "generation")
+    assert len(spec.emotions) == 20
+    assert spec.n_stories >= 6
+    assert spec.story_tokens >= spec.minimum_story_tokens >= 64
+    assert spec.n_permutations == 200
+    assert MAXIMUM_OVERLAP <= 0.5
+
+
+class _Stopped(Exception):
+    pass
+
+
+def stop_before(step):
+    """A report that ends the run when a step is about to begin."""
+
+    def report(name):
+        if name == step:
+            raise _Stopped
+        return contextlib.nullcontext(lambda done, total: None)
+
+    return report
+
+
+@pytest.mark.parametrize(
+    ("least_cosine", "left_in", "gain_on_resuming"),
+    [(1.1, "float32", 3.0), (0.9, "bfloat16", 0.5)],
+)
+def test_a_resumed_run_goes_on_in_the_precision_that_was_settled(
+    model_folder, tmp_path, monkeypatch, least_cosine, left_in, gain_on_resuming
+):
+    """bfloat16 pays; the first reading keeps it or finds it too coarse. The stories come after that reading."""
+    monkeypatch.setattr(activations, "MINIMUM_COSINE", least_cosine)
+    monkeypatch.setattr(models, "_bfloat16_gain", lambda *args: 3.0)
+    light = {"scores": ("mean_cosine_neutral",), "n_permutations": 0, "emotions": ("happy", "sad"), "n_stories": 2}
+    spec = make_spec(model=model_folder, **SMALL | light)
+    whole = run_sweep(spec, tmp_path / "whole")
+    wrote_in = []
+    real = sweeps.write_stories
+
+    def watched(model, *args, **options):
+        wrote_in.append((model_info(model).provenance.dtype, model_info(model).precision_is_automatic))
+        return real(model, *args, **options)
+
+    monkeypatch.setattr(sweeps, "write_stories", watched)
+    with pytest.raises(_Stopped):
+        run_sweep(spec, tmp_path / "run", report=stop_before("stories"))
+    assert wrote_in == []
+    monkeypatch.setattr(models, "_bfloat16_gain", lambda *args: gain_on_resuming)
+    resumed = run_sweep(spec, tmp_path / "run", resume=True)
+    assert wrote_in == [(left_in, left_in == "bfloat16")]  # and a later reading may still find bfloat16 too coarse
+    assert resumed.stories.provenance.dtype == whole.stories.provenance.dtype == left_in
+    assert resumed.stimuli["generation"] == whole.stimuli["generation"]
+    pd.testing.assert_frame_equal(resumed.to_frame(), whole.to_frame())
+
+
+def test_a_precision_counts_only_once_its_step_is_saved(model_folder, tmp_path, monkeypatch):
+    """A run that dies between the two starts again as if the step had not been done."""
+    monkeypatch.setattr(activations, "MINIMUM_COSINE", 1.1)
+    monkeypatch.setattr(models, "_bfloat16_gain", lambda *args: 3.0)
+    light = {"scores": ("mean_cosine_neutral",), "n_permutations": 0, "emotions": ("happy", "sad")}
+    spec = make_spec(model=model_folder, methods=("comprehension",), **SMALL | light)
+    whole = run_sweep(spec, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "precision.json").read_text())["activations-comprehension"] == "float32"
+    shutil.rmtree(tmp_path / "run" / "steps")
+    asked = []
+
+    def load(name, dtype):
+        asked.append(dtype)
+        return sweeps._load_default(name, dtype)
+
+    again = run_sweep(spec, tmp_path / "run", resume=True, load=load)
+    assert asked == ["auto"]
+    pd.testing.assert_frame_equal(again.to_frame(), whole.to_frame())
 
 
 def test_a_folder_with_another_run_is_refused_and_the_difference_named(finished):

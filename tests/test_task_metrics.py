@@ -165,3 +165,16 @@ def test_a_synonym_that_was_said_hits_by_the_wheels_and_is_a_wrong_label():
     table = measure_task(found).to_frame().set_index("metric")["value"]
     assert table["hit rate"] == 1.0
     assert table["weighted F1"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("predicted", ["aaa", "aab", "abb", "bbb"])
+def test_shares_of_three_examples_stay_between_0_and_1_and_have_a_width(predicted):
+    scores = scores_of(["a", "a", "a"], list(predicted))
+    table = measure_task(scores).table.set_index("metric")
+    shares = table.loc[["accuracy", "hit rate"]]
+    assert (shares["low"] >= 0).all()
+    assert (shares["high"] <= 1).all()
+    assert (shares["high"] - shares["low"] > 0.4).all()
+    assert (shares["low"] <= shares["value"] + 1e-9).all()
+    assert (shares["value"] <= shares["high"] + 1e-9).all()
+    assert f"[{float(scores.interval().low):.3f}, " in str(scores)
