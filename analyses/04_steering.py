@@ -24,6 +24,7 @@ import logging
 import os
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -133,13 +134,14 @@ for name in LAYERS:
 # %% [markdown]
 # ## Regimes
 #
-# A cell is surgical where its texts are sound and the judge sees more of the target than under random directions of the same dose.
+# A cell is surgical where its texts are sound and the judge sees more of the target than under random directions that move the stream as far.
 
 # %%
 for name in LAYERS:
     regimes[name] = la.classify_regimes(doses[name], judgements[name])
     print(regimes[name], end="\n\n")
     save(la.plot_regimes(regimes[name]), f"regimes_{name}", regimes[name]).show()
+    save(la.plot_judged(doses[name], judgements[name]), f"judged_{name}", doses[name]).show()
 
 # %%
 columns = ["kind", "emotion", "strength", "regime", "perplexity_ratio", "repetition", "change", "gain", "gain_low", "gain_high"]  # fmt: skip
@@ -178,6 +180,7 @@ for name in [] if QUICK else list(LAYERS)[:2]:
         precision=0.25,
     )
     print(found)
+    save(la.plot_boundaries([found]), f"boundaries_{name}", found).show()
 
 # %% [markdown]
 # ## Is it causal? 40 scenarios, each steered to its own target
@@ -230,11 +233,13 @@ for name in LAYERS:
         print(f"  {row.emotion} {row.strength:g}: {' '.join(row.text.split())[:100]}")
 
 # %% [markdown]
-# ## Scripts of what is written, dose by dose
+# ## Scripts and languages of what is written, dose by dose
 
 # %%
 for name, study in studies.items():
     save(la.plot_scripts(study), f"scripts_{name}", study.dose).show()
+    if not QUICK and find_spec("lingua"):  # the extra `languages`
+        save(la.plot_languages(study), f"languages_{name}", study.dose).show()
 
 # %% [markdown]
 # ## Foreign tokens at the steered layer
