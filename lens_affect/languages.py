@@ -17,7 +17,7 @@ from lens_affect.adapter import token_ids
 from lens_affect.nulls import max_null, permute_labels
 from lens_affect.results import Provenance, Stopwatch, load_result, save_result
 from lens_affect.scripts import count_words
-from lens_affect.statistics import derive_generator, jackknife_interval, mean_interval
+from lens_affect.statistics import derive_generator, jackknife_interval, share_interval
 from lens_affect.stimuli import EMOTIONS, NEUTRAL
 
 Centring = Literal["grand_mean", "within_topic"]
@@ -121,8 +121,8 @@ class TransferTable:
         at = self.layers.index(self.best_layer)
         n = len(self.languages)
         apart = ~torch.eye(n, dtype=torch.bool)
-        across = mean_interval(self.per_topic[:, apart][..., at].mean(1).numpy())
-        within = mean_interval(self.per_topic[:, ~apart][..., at].mean(1).numpy())
+        across = share_interval(self.per_topic[:, apart][..., at].mean(1).numpy())
+        within = share_interval(self.per_topic[:, ~apart][..., at].mean(1).numpy())
         cells = ", ".join(
             f"{a} to {b} {self.accuracy[i, j, at]:.2f}"
             for i, a in enumerate(self.languages)
@@ -200,7 +200,7 @@ def language_transfer(
             for draw in range(n_permutations):
                 permuted[draw, i, j] = _by_topic(chosen == relabelled[j][draw][:, None], target).mean(0).numpy()
     accuracy = per_topic.mean(0)
-    limits = mean_interval(per_topic.numpy())
+    limits = share_interval(per_topic.numpy())
     cosine, cosine_low, cosine_high = _cosines(sets, len(emotions), len(topics))
     disjoint, cosine_p = _disjoint_cosines(sets, len(emotions), len(topics), n_permutations, seed)
     return TransferTable(
