@@ -33,8 +33,8 @@ from lens_affect.statistics import derive_generator
 
 Scope = Literal["response", "prompt", "all"]
 Mode = Literal["add", "ablate", "clamp"]
-CANDIDATES = 128
-"""Likeliest tokens among which the nucleus is looked for first."""
+CANDIDATES = (128, 1024, 8192)
+"""Likeliest tokens among which the nucleus is looked for, before the whole vocabulary is."""
 FLAT_ROWS = 128
 """Rows whose nucleus is larger than that, at once."""
 
@@ -261,18 +261,24 @@ def sample(
     """
     scaled = logits.float() / temperature
     log_total = scaled.logsumexp(-1, keepdim=True)
+    found = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    rows = torch.arange(len(logits), device=logits.device)
     # The likeliest tokens nearly always hold the nucleus; sorting the whole vocabulary costs more than the forward pass of a small model.
-    top, tokens = scaled.topk(min(CANDIDATES, logits.shape[-1]), dim=-1)
-    probabilities = (top - log_total).exp()
-    cumulative = probabilities.cumsum(-1)
-    # The ladder goes up the token numbers: going down the probabilities, a rounding error would swap near-ties and change the draw.
-    tokens, by_number = tokens.sort(dim=-1)
-    chosen = _draw((probabilities * (cumulative - probabilities < top_p)).gather(-1, by_number), uniform)
-    found = tokens.gather(-1, chosen[:, None])[:, 0]
-    flat = (cumulative[:, -1] < top_p).nonzero()[:, 0]
-    for rows in flat.split(FLAT_ROWS) if top.shape[-1] < logits.shape[-1] else ():
-        probabilities = (scaled[rows] - log_total[rows]).exp()
-        found[rows] = _draw(probabilities * (probabilities >= _nucleus(probabilities, top_p)), uniform[rows])
+    for n_candidates in CANDIDATES:
+        part = slice(None) if len(rows) == len(logits) else rows
+        top, tokens = scaled[part].topk(min(n_candidates, logits.shape[-1]), dim=-1)
+        probabilities = (top - log_total[part]).exp()
+        cumulative = probabilities.cumsum(-1)
+        # The ladder goes up the token numbers: going down the probabilities, a rounding error would swap near-ties and change the draw.
+        tokens, by_number = tokens.sort(dim=-1)
+        place = _draw((probabilities * (cumulative - probabilities < top_p)).gather(-1, by_number), uniform[part])
+        found[part] = tokens.gather(-1, place[:, None])[:, 0]
+        rows = rows[cumulative[:, -1] < top_p]
+        if not len(rows) or top.shape[-1] == logits.shape[-1]:
+            return found
+    for part in rows.split(FLAT_ROWS):
+        probabilities = (scaled[part] - log_total[part]).exp()
+        found[part] = _draw(probabilities * (probabilities >= _nucleus(probabilities, top_p)), uniform[part])
     return found
 
 
