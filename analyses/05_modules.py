@@ -232,21 +232,6 @@ for task in ("neutral_text", "arithmetic"):
         )
 
 # %% [markdown]
-# ## Tuned to write
-#
-# The same arms, tuned on comments that express an emotion that is asked for, and judged by a classifier that never saw the model. The emotion's own
-# name is taken out before the judge reads, and what has fewer than four different words left counts as nothing.
-
-# %%
-runs = together({m: f"writing-{m}-rank4" for m in (*MODULES, "all")})
-if "gate" in runs and "all" in runs:
-    writing = la.compare_arms(runs, reference="all")
-    print(writing)
-    print(writing.contrasts.round(3).to_string(index=False))
-else:
-    print("not finished")
-
-# %% [markdown]
 # ## Where tuning lands
 #
 # With everything tuned at one rank: the squared change per weight of each module against its fair share, over seeds, and beside the same model tuned on
@@ -299,11 +284,11 @@ if study:
         save(la.plot_parts(kinds), "module_parts", *kinds).show()
 
 # %% [markdown]
-# The same in writing, and in the task without affect.
+# The same in the task without affect.
 
 # %%
 if study:
-    for part in (study.writing_transfer, study.writing_revert, study.control_transfer, study.control_revert):
+    for part in (study.control_transfer, study.control_revert):
         print(part or "not finished", end="\n\n")
 
 # %% [markdown]
@@ -336,9 +321,10 @@ if card:
 # %% [markdown]
 # ## What this supports, and what not
 #
-# One model of 135 million weights, stored in four bits; LoRA; 64 steps of 16 comments of at most 12 words; one affect task to be understood and one to be
-# written; English. It can say whether the gate stands out here, at equal rank and equal size, against siblings and controls. It cannot say what 7 billion
-# weights, images, sound, eight benchmarks or 300,000 steps would show. Scores are of the label's first token, label priors left in unless stated.
+# One model of 135 million weights, stored in four bits; LoRA; 64 steps of 16 comments of at most 12 words; one affect task to be understood
+# (05_writing has the one to be written); English. It can say whether the gate stands out here, at equal rank and equal size, against siblings and
+# controls. It cannot say what 7 billion weights, images, sound, eight benchmarks or 300,000 steps would show. Scores are of the label's first token,
+# label priors left in unless stated.
 #
 # ## Is the gate enough, and is it special?
 #

@@ -9,9 +9,9 @@ one has. 05_modules.py reads them.
 
 Blocks: `equal`, equal rank and equal size (SmolLM2-135M-Instruct, GoEmotions, 27 labels, LoRA rank 4 against the gate's number of weights
 at rank 4); `landing`, everything tuned on the control tasks; `parts`, the modules of everything-tuned models scored one by one, and
-`bands`, noise in thirds of their blocks; `topics` of our passages and `shuffled` labels, controls of single modules; `writing`; `rank1`, as
-`equal` with rank 1; `full`, whole weights; `study`, all that is there as one result. Name blocks to run only these. Learning rates are
-chosen once per kind of arm (seed 0) and kept in `rates`.
+`bands`, noise in thirds of their blocks; `topics` of our passages and `shuffled` labels, controls of single modules; `writing`, as `equal` for
+sentences that express an emotion; `rank1`, as `equal` with rank 1; `full`, whole weights; `study`, all that is there about each task as one
+result. Name blocks to run only these, and tasks with --task. Learning rates are chosen once per kind of arm (seed 0) and kept in `rates`.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import functools
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ N_TEST = 2048
 N_PARTS = 768
 DAMAGE = 0.3  # rise of the loss on neutral text at which damaged modules are compared, nats per token
 STEPS, CHECK_EVERY, RANK = 64, 16, 4
+STUDIES = {"goemotions": "study", "writing": "study_writing"}
+"""Task -> folder of what was found about it."""
+CONTROL_PARTS = "control"
 KINDS = ("transfer", "revert", "random_equal_norm", "equal_damage")
 TRANSFERRED = ("gate", "up", "down", "attention", "gate+up", "mlp")
 log = logging.getLogger("tune_arms")
@@ -85,24 +89,28 @@ def campaign() -> list[Job]:
         return [Job(block, m, seed, task=task) for m in ("gate", "up", "attention") for block, task in tasks.items()]
 
     def writing(seed: int) -> list[Job]:
-        return [Job("writing", m, seed, task="writing") for m in ("gate", "up", "down", "attention", "all")]
+        jobs = [Job("writing", m, seed, task="writing") for m in ("gate", "up", "attention", "all", "down")]
+        return jobs + [Job("writing", m, seed, "size", task="writing") for m in ("attention", "random")]
 
     def landing(seed: int) -> list[Job]:
         return [Job("landing", "all", seed, task=task) for task in ("topics", "goemotions_shuffled")]
 
-    def parts(seed: int) -> list[Job]:
-        return [Job("parts", kind, seed) for kind in KINDS] + [Job("bands", "all", seed)] * (seed == 0)
+    def parts(seed: int, task: str = "goemotions") -> list[Job]:
+        kinds = ("transfer", "revert") if task == "topics" else KINDS
+        return [Job("parts", kind, seed, task=task) for kind in kinds]
 
-    def other_parts(seed: int, task: str) -> list[Job]:
-        return [Job("parts", kind, seed, task=task) for kind in ("transfer", "revert")]
+    def all_equal(seed: int) -> list[Job]:
+        bands = [Job("bands", "all", seed)] * (seed == 0)
+        return [*equal(seed, RANK, "equal"), *landing(seed), *parts(seed), *bands]
 
-    jobs = [job for seed in range(3) for job in (*equal(seed, RANK, "equal"), *landing(seed), *parts(seed))]
-    jobs += [job for seed in range(3) for job in other_parts(seed, "topics")]
-    jobs += [job for seed in range(2) for job in (*controls(seed), *writing(seed), *other_parts(seed, "writing"))]
+    jobs = [job for seed in range(3) for job in all_equal(seed)]
+    jobs += [job for seed in range(3) for job in parts(seed, "topics")]
+    jobs += [job for seed in range(2) for job in controls(seed)]
+    jobs += [job for seed in range(3) for job in (*writing(seed), *parts(seed, "writing"))]
     for seed in range(3):
         jobs += equal(seed, 1, "rank1")
-    jobs += [*writing(2), *other_parts(2, "writing")]
-    return [*jobs, *(Job("full", m, 0, method="full") for m in ("gate", "up", "attention")), Job("study", "all", 0)]
+    jobs += [Job("full", m, 0, method="full") for m in ("gate", "up", "attention")]
+    return [*jobs, *(Job("study", "all", 0, task=task) for task in STUDIES)]
 
 
 def options(job: Job, model: Any) -> dict[str, Any]:
@@ -215,8 +223,8 @@ def finished(kind: str) -> list[la.Tuned]:
 
 def score_modules(model: Any, job: Job) -> None:
     """Transfer, revert, replace by noise or damage the modules of one model with everything tuned."""
-    prefix = {"goemotions": "", "topics": "control_", "writing": "writing_"}[job.task]
-    folder = RUNS / "study" / "seeds" / f"{prefix}{job.modules}-seed{job.seed}"
+    prefix = "control_" if job.task == "topics" else ""
+    folder = RUNS / STUDIES.get(job.task, CONTROL_PARTS) / f"seeds/{prefix}{job.modules}-seed{job.seed}"
     whole = RUNS / f"{job.task}-all-rank{RANK}-seed{job.seed}"
     if (folder / "manifest.json").is_file() or not (whole / "done.json").is_file():
         return
@@ -266,26 +274,28 @@ def scan_bands(model: Any, job: Job) -> None:
 
 
 def study(model: Any, job: Job) -> None:
-    """Everything that is there by now, as one result."""
-    ranked = {m: finished(f"goemotions-{m}-rank{RANK}") for m in ("gate", "up", "down", "attention", "all")}
-    fitted = {m: finished(f"goemotions-{m}-size-of-gate-rank{RANK}") for m in ("attention", "random")}
+    """Everything that is there by now about one task, as one result."""
+    ranked = {m: finished(f"{job.task}-{m}-rank{RANK}") for m in ("gate", "up", "down", "attention", "all")}
+    fitted = {m: finished(f"{job.task}-{m}-size-of-gate-rank{RANK}") for m in ("attention", "random")}
     others = {t: finished(f"{t}-all-rank{RANK}") for t in ("topics", "goemotions_shuffled")}
     control = {m: finished(f"topics-{m}-rank{RANK}") for m in ("gate", "up", "attention", "all")}
-    bands = RUNS / "study" / "bands"
-    writing = {m: finished(f"writing-{m}-rank{RANK}") for m in ("gate", "up", "down", "attention", "all")}
+    folder, task = RUNS / STUDIES[job.task], task_of(job.task)
+    if not ranked["all"]:
+        return
+    for part in (RUNS / CONTROL_PARTS / "seeds").glob("control_*"):  # one control serves both studies
+        shutil.copytree(part, folder / "seeds" / part.name, dirs_exist_ok=True)
+    bands = folder / "bands"
     found = la.study_modules(
-        *(model, task_of("goemotions")),
+        *(model, task),
         equal_rank=ranked,
         equal_size={m: fitted.get(m) or ranked[m] for m in ("gate", "up", "down", "attention", "random", "all")},
         controls={t: runs for t, runs in others.items() if runs},
         control={m: runs for m, runs in control.items() if runs} if control["all"] else None,
         control_task=task_of("topics") if control["all"] else None,
-        writing=writing if all(writing.values()) else None,
-        writing_task=task_of("writing") if all(writing.values()) else None,
         bands=la.AblationTable.load(bands) if (bands / "manifest.json").is_file() else None,
-        examples=task_of("goemotions").examples("test", n=N_PARTS),
+        examples=task.examples("test", n=N_PARTS if job.task == "goemotions" else None),
         target=DAMAGE,
-        folder=RUNS / "study",
+        folder=folder,
     )
     print(found)
     print(la.module_scorecard(found))
@@ -297,15 +307,16 @@ NO_ARM = {"parts": score_modules, "bands": scan_bands, "study": study}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("blocks", nargs="*", help="blocks to run; all by default")
-    asked = parser.parse_args().blocks
+    parser.add_argument("--task", help="only what is about this task")
+    said = parser.parse_args()
+    asked = said.blocks
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    jobs = [job for job in campaign() if not asked or job.block in asked]
+    jobs = [job for job in campaign() if (not asked or job.block in asked) and said.task in (None, job.task)]
     model = la.load_model(MODEL, dtype="float32")
-    for name in ("goemotions", *CONTROLS):
+    for name in (*dict.fromkeys(job.task for job in jobs), *CONTROLS):
         print(base_scores(model, name))
-    print(base_scores(model, "goemotions").calibrated())
     for i, job in enumerate(jobs):
         with contextlib.suppress(Timeout), FileLock(RUNS / f"{job.name}.lock", timeout=0):
             log.info("%d of %d: %s", i + 1, len(jobs), job.name)

@@ -122,6 +122,7 @@ if TYPE_CHECKING:
     from lens_affect.plotting_steering import plot_regimes as plot_regimes
     from lens_affect.plotting_steering import plot_scripts as plot_scripts
     from lens_affect.plotting_steering import plot_verification as plot_verification
+    from lens_affect.plotting_tuning import plot_gains as plot_gains
     from lens_affect.plotting_tuning import plot_learning as plot_learning
     from lens_affect.plotting_tuning import plot_retention as plot_retention
     from lens_affect.projections import LayerProjections as LayerProjections
@@ -351,6 +352,7 @@ _HOME = {
     "plot_delta": "plotting_modules",
     "plot_dose": "plotting_steering",
     "plot_emotions": "plotting",
+    "plot_gains": "plotting_tuning",
     "plot_inside": "plotting_steering",
     "plot_judged": "plotting_steering",
     "plot_languages": "plotting_steering",
@@ -400,8 +402,8 @@ _HOME = {
     "verify_steering": "verification",
     "view_tokens": "views",
     "write_adapter": "tuned",
-    "write_report": "report",
     "write_protocol_stories": "protocols",
+    "write_report": "report",
     "write_stories": "stories",
 }
 

@@ -141,6 +141,20 @@ class ModuleTable:
         """Load what `save` wrote."""
         return load_result(cls, folder)
 
+    @property
+    def detectable(self) -> float:
+        """True difference between two arms that this design sees four times out of five: median over the pairs, NaN without one."""
+        return float(np.median(self.contrasts["detectable"].to_numpy(dtype=float))) if len(self.contrasts) else math.nan
+
+    def _gains(self, ranked: Any) -> str:
+        """What is told where there are no shares."""
+        told = [
+            f"{row['arm']} {row['gain']:+.3f} [{row['gain_low']:.3f}, {row['gain_high']:.3f}]"
+            for row in ranked.to_dict("records")
+            if math.isfinite(row["gain"])
+        ]
+        return f"no share of it, since {self.reference} gained nothing for certain; gains (95 %): {', '.join(told) or 'none'}"
+
     def __str__(self) -> str:
         ranked: Any = self.arms.sort_values("score", ascending=self.metric == "nats per token")
         kept = ", ".join(
@@ -151,14 +165,11 @@ class ModuleTable:
         best = [row["score"] for row in ranked.to_dict("records") if row["arm"] == self.reference]
         whole = f"{best[0]:.3f}" if best else "not there"
         seeds = ranked["n_seeds"].tolist()
-        detectable = (
-            float(np.median(self.contrasts["detectable"].to_numpy(dtype=float))) if len(self.contrasts) else math.nan
-        )
         return (
             f"{self.provenance.title} on {self.task}: {self.metric} {self.base:.3f} untuned, {whole} with {self.reference}\n"
-            f"share of that gain (95 %): {kept or 'none, nothing was gained for certain'}\n"
+            f"{f'share of that gain (95 %): {kept}' if kept else self._gains(ranked)}\n"
             f"{self.n_examples} examples, {min(seeds)}-{max(seeds)} seeds per arm; "
-            f"minimum detectable difference between two arms {detectable:.3f} (median, power {POWER:.0%})"
+            f"minimum detectable difference between two arms {self.detectable:.3f} (median, power {POWER:.0%})"
         )
 
     def _repr_html_(self) -> str:

@@ -26,28 +26,13 @@ def plot_retention(tables: ModuleTable | Mapping[str, ModuleTable], *, title: st
     Raises:
         ValueError: no table, or none with a retention.
     """
-    several = {"": tables} if isinstance(tables, ModuleTable) else dict(tables)
-    rows = [t.arms[t.arms["arm"] != t.reference].assign(group=name) for name, t in several.items()]
-    shown: Any = pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
+    several = _by_name(tables)
+    shown = _rows({name: t.arms[t.arms["arm"] != t.reference] for name, t in several.items()})
     if shown.empty or bool(shown["retention"].isna().all()):
         raise ValueError(
-            "received no arm with a retention; the reference arm must be there and must have gained for certain"
+            "received no arm with a retention; the reference arm must be there and must have gained for certain: plot_gains shows arms without"
         )
-    place = [list(shown["group"]), list(shown["arm"])] if len(several) > 1 else list(shown["arm"])
-    figure = go.Figure()
-    figure.add_bar(
-        x=place,
-        y=shown["retention"],
-        marker_color=[_colour(a) for a in shown["arm"]],
-        marker_opacity=0.6,  # or the intervals are lost on a dark bar
-        error_y={
-            "array": shown["retention_high"] - shown["retention"],
-            "arrayminus": shown["retention"] - shown["retention_low"],
-            "color": "#444444",
-        },
-        name="share of the gain (95 % over seeds and examples)",
-        showlegend=False,
-    )
+    figure, place = _bars(shown, "retention", len(several) > 1)
     for column, symbol, name, scale in (
         ("share_of_parameters", "line-ew", "share of the parameters", 1.0),
         ("percent_of_tuned", "circle-open", "share of the tuned score (the paper's number)", 100.0),
@@ -59,6 +44,57 @@ def plot_retention(tables: ModuleTable | Mapping[str, ModuleTable], *, title: st
     set_layout(
         figure, title or _retention_title(first), "arm", f"share of what {first.reference} gains ({first.metric})"
     )
+    return figure
+
+
+def _by_name(tables: ModuleTable | Mapping[str, ModuleTable]) -> dict[str, ModuleTable]:
+    return {"": tables} if isinstance(tables, ModuleTable) else dict(tables)
+
+
+def _rows(arms: Mapping[str, Any]) -> Any:
+    return pd.concat([t.assign(group=name) for name, t in arms.items()], ignore_index=True) if arms else pd.DataFrame()
+
+
+def _bars(shown: Any, column: str, grouped: bool) -> tuple[go.Figure, list[Any]]:
+    """One bar per arm with its interval, and where the bars stand."""
+    place = [list(shown["group"]), list(shown["arm"])] if grouped else list(shown["arm"])
+    figure = go.Figure()
+    figure.add_bar(
+        x=place,
+        y=shown[column],
+        marker_color=[_colour(a) for a in shown["arm"]],
+        marker_opacity=0.6,  # or the intervals are lost on a dark bar
+        error_y={
+            "array": shown[f"{column}_high"] - shown[column],
+            "arrayminus": shown[column] - shown[f"{column}_low"],
+            "color": "#444444",
+        },
+        showlegend=False,
+    )
+    return figure, place
+
+
+def plot_gains(tables: ModuleTable | Mapping[str, ModuleTable], *, title: str | None = None) -> go.Figure:
+    """What each arm gains over the untuned model, with its interval over seeds and examples; also where tuning everything gained nothing for certain.
+
+    Args:
+        tables: one, or several by name (equal rank, equal size); each name gets a group of bars.
+        title: a finding; by default the arms whose interval lies above 0.
+
+    Raises:
+        ValueError: no table with a gain.
+    """
+    several = _by_name(tables)
+    shown = _rows({name: t.arms for name, t in several.items()})
+    if shown.empty or bool(shown["gain"].isna().all()):
+        raise ValueError("received no arm with a gain; give a table of compare_arms with a run that did not explode")
+    figure, _ = _bars(shown, "gain", len(several) > 1)
+    figure.add_hline(y=0, line_color="#7F7F7F")
+    first = next(iter(several.values()))
+    better = list(dict.fromkeys(shown.loc[shown["gain_low"] > 0, "arm"]))
+    gained = f"{', '.join(better)} gain{'s' * (len(better) == 1)} for certain" if better else "no arm gains for certain"
+    found = f"{first.provenance.title}: {gained}<br>({first.metric} {first.base:.3f} untuned; detectable between two arms {first.detectable:.3f})"
+    set_layout(figure, title or found, "arm", f"gain over the untuned model ({first.metric})")
     return figure
 
 

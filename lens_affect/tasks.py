@@ -558,7 +558,7 @@ def _choice(
     return ChoiceTask(name, title, affective, splits, labels=labels, question=question, scoring=scoring)
 
 
-N_WRITTEN = 4
+N_WRITTEN = 8
 """Sentences per emotion that a test of writing asks for."""
 
 

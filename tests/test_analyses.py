@@ -154,9 +154,11 @@ def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(
         for name in folders
         if "full" not in name
     )
-    study = lens_affect.ModuleStudy.load(tmp_path / "tuning" / "study")
-    assert not [name for name in study.__dataclass_fields__ if getattr(study, name) is None]
-    assert len(list((tmp_path / "tuning" / "study" / "seeds").iterdir())) == sum(job.block == "parts" for job in jobs)
+    for folder, missing in (("study", []), ("study_writing", ["bands"])):
+        study = lens_affect.ModuleStudy.load(tmp_path / "tuning" / folder)
+        without = [name for name in study.__dataclass_fields__ if getattr(study, name) is None]
+        assert without == ["writing", "writing_transfer", "writing_revert", *missing]
+        assert len(list((tmp_path / "tuning" / folder / "seeds").iterdir())) == len(names["KINDS"]) + 2
     weights = {
         job.block: lens_affect.Tuned.load(tmp_path / "tuning" / job.name / "tuned").arm.n_parameters
         for job in jobs
@@ -171,9 +173,13 @@ def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(
         run(model, job)
     runpy.run_path(str(ROOT / "analyses" / "05_modules.py"))
     printed = capsys.readouterr().out
-    assert "30 finished runs" in printed
+    assert "32 finished runs" in printed
     assert "G4, reverted, " in printed
     assert "next-token loss on texts without emotion" in printed
+    runpy.run_path(str(ROOT / "analyses" / "05_writing.py"))
+    printed = capsys.readouterr().out
+    assert "7 finished runs of writing" in printed
+    assert "G4, reverted, one sentence that expresses one of 27 emotions, judged: cannot be decided" in printed
 
 
 def shorter(task):

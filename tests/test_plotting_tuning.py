@@ -4,7 +4,7 @@ import pytest
 
 from lens_affect.module_table import compare_arms, learning_curves
 from lens_affect.plotting_patching import ARM_COLOURS
-from lens_affect.plotting_tuning import plot_learning, plot_retention
+from lens_affect.plotting_tuning import plot_gains, plot_learning, plot_retention
 from tests.planted_runs import campaign
 
 ARMS = {"all": (0.6, 400), "gate, rank 4": (0.45, 100), "up, rank 4": (0.55, 100)}
@@ -29,6 +29,20 @@ def test_several_tables_are_drawn_in_groups():
     figure = plot_retention({"equal rank": table, "equal size": table}, title="both")
     assert set(figure.data[0].x[0]) == {"equal rank", "equal size"}
     assert figure.layout.title.text == "both"
+
+
+def test_gains_are_drawn_also_where_tuning_everything_gained_nothing_for_certain():
+    runs = campaign({"all": (0.08, 400), "gate": (0.45, 100), "up": (0.08, 100)})
+    table = compare_arms(runs, reference="all")
+    assert "no share of it, since all gained nothing for certain; gains (95 %): gate +0." in str(table)
+    figure = plot_gains(table)
+    bars = figure.data[0]
+    assert list(bars.x) == ["all", "gate", "up"]
+    assert list(bars.y) == list(table.arms["gain"])
+    assert (bars.error_y.array > 0).all()
+    assert ": gate gains for certain<br>" in figure.layout.title.text
+    with pytest.raises(ValueError, match="no arm with a gain"):
+        plot_gains({})
 
 
 def test_without_a_reference_there_is_nothing_to_draw():

@@ -155,7 +155,7 @@ def test_writing_needs_no_data_unless_it_is_trained(monkeypatch):
     monkeypatch.setenv("LENS_AFFECT_DATA", "/nowhere")
     task = load_task("writing", judge=Judge())
     assert not task.examples("train")
-    assert len(task.examples("test")) == 108
+    assert len(task.examples("test")) == 216
 
 
 def test_tables_and_unknown_names(tmp_path):
