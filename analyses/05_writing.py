@@ -16,7 +16,7 @@
 # arXiv:2601.15906 claims the gate for generation too. As in 05_modules single modules of SmolLM2-135M-Instruct are tuned at equal rank and at equal
 # size, here on comments of GoEmotions after the request to write one sentence that expresses their emotion. Eight sentences for each of 27 emotions
 # are then sampled and read by a classifier that never saw the model. The emotion's own name is taken out before it reads, and what has fewer
-# than four different words left counts as nothing. `tune_arms.py writing`, `landing`, `parts` and `study` make the runs.
+# than four different words left counts as nothing. `tune_arms.py` has made the runs; scores and learning curves of theirs are in `results`.
 
 # %%
 import os
@@ -29,7 +29,7 @@ import lens_affect as la
 
 QUICK = bool(os.environ.get("LENS_AFFECT_QUICK"))
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
-FIGURES, RUNS = HERE.parent / "figures", Path(os.environ.get("LENS_AFFECT_RUNS", HERE.parent / "runs")) / "tuning"
+FIGURES, RUNS = HERE.parent / "figures", Path(os.environ.get("LENS_AFFECT_RUNS", HERE / "results")) / "tuning"
 pio.renderers.default = "json" if QUICK else "svg"
 finished = {name: run for name, run in la.load_runs(RUNS).items() if name.startswith("writing-")}
 print(f"{len(finished)} finished runs of writing")

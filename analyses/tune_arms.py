@@ -11,11 +11,13 @@ Blocks: `equal`, equal rank and equal size (SmolLM2-135M-Instruct, GoEmotions, 2
 at rank 4); `landing`, everything tuned on the control tasks; `parts`, the modules of everything-tuned models scored one by one, and
 `bands`, noise in thirds of their blocks; `topics` of our passages and `shuffled` labels, controls of single modules; `writing`, as `equal` for
 sentences that express an emotion; `rank1`, as `equal` with rank 1; `full`, whole weights; `study`, all that is there about each task as one
-result. Name blocks to run only these, and tasks with --task. Learning rates are chosen once per kind of arm (seed 0) and kept in `rates`.
+result. Name blocks to run only these, and tasks with --task; `--publish analyses/results` keeps scores and curves where 05_writing.py finds them.
+Learning rates are chosen once per kind of arm (seed 0) and kept in `rates`.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -301,6 +303,20 @@ def study(model: Any, job: Job) -> None:
     print(la.module_scorecard(found))
 
 
+def publish(folder: Path) -> None:
+    """Scores, learning curves, costs and studies that there are, without weights: small enough to be kept beside the analyses."""
+    for done in sorted(RUNS.glob("*/done.json")):
+        place = folder / done.parent.name
+        light = dataclasses.replace(la.Tuned.load(done.parent / "tuned"), trained={})
+        light.save(place / "tuned", overwrite=True)
+        shutil.copytree(done.parent / "controls", place / "controls", dirs_exist_ok=True)
+    for name in CONTROLS:
+        shutil.copytree(RUNS / "base" / name, folder / "base" / name, dirs_exist_ok=True)
+    for name in STUDIES.values():
+        if (RUNS / name / "transfer" / "manifest.json").is_file():
+            la.ModuleStudy.load(RUNS / name).save(folder / name, overwrite=True)
+
+
 NO_ARM = {"parts": score_modules, "bands": scan_bands, "study": study}
 
 
@@ -308,6 +324,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("blocks", nargs="*", help="blocks to run; all by default")
     parser.add_argument("--task", help="only what is about this task")
+    parser.add_argument(
+        "--publish", type=Path, help="afterwards copy what is finished, without weights, into this folder"
+    )
     said = parser.parse_args()
     asked = said.blocks
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -324,6 +343,8 @@ def main() -> None:
                 run(model, job)
             except la.NoRateError as error:  # of this kind of arm; the others go on
                 log.warning("%s: %s", job.name, error)
+    if said.publish:
+        publish(said.publish / "tuning")
 
 
 if __name__ == "__main__":

@@ -176,6 +176,9 @@ def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(
     assert "32 finished runs" in printed
     assert "G4, reverted, " in printed
     assert "next-token loss on texts without emotion" in printed
+    names["publish"](tmp_path / "results" / "tuning")
+    assert sum(path.stat().st_size for path in (tmp_path / "results").rglob("*") if path.is_file()) < 5e6
+    monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path / "results"))
     runpy.run_path(str(ROOT / "analyses" / "05_writing.py"))
     printed = capsys.readouterr().out
     assert "7 finished runs of writing" in printed
