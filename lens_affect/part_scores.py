@@ -149,11 +149,21 @@ class PartScores:
             if math.isfinite(row["share"])
         ]
         sign = -1.0 if self.metric == "nats per token" else 1.0  # scores of a loss are turned
-        told = ", ".join(parts) or "none, nothing was gained for certain"
+        told = ", ".join(parts) or f"none, nothing was gained for certain; scores: {self._told_scores(sign)}"
         return (
             f"{self.provenance.title} on {self.title}: {self.metric} {sign * float(self.before.mean()):.3f} untuned, {sign * float(self.after.mean()):.3f} tuned\n"
             f"{words[self.kind]} (95 %): {told}\n"
             f"{len(self.before)} examples, {len(self.seeds)} seeds"
+        )
+
+    def _told_scores(self, sign: float) -> str:
+        """What is told where there are no shares."""
+        rows = self.to_frame().to_dict("records")
+        limits = {row["arm"]: sorted((sign * row["low"], sign * row["high"])) for row in rows}
+        return ", ".join(
+            f"{r['arm']} {sign * r['score']:.3f} [{limits[r['arm']][0]:.3f}, {limits[r['arm']][1]:.3f}]"
+            for r in rows
+            if math.isfinite(r["score"])
         )
 
     def _repr_html_(self) -> str:

@@ -132,6 +132,8 @@ def test_nothing_gained_has_no_share():
         **{n: getattr(found, n) for n in found.__dataclass_fields__} | {"after": found.before.expand(3, -1)}
     )
     assert flat.to_frame()["share"].isna().all()
+    row = flat.to_frame().iloc[0]
+    assert f"scores: gate {row['score']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" in str(flat)
 
 
 def test_an_arm_without_its_damage_is_not_measured_and_the_others_are(tmp_path):
