@@ -84,9 +84,13 @@ class EmbeddedJudge:
         """Name for printed results."""
         return f"GoEmotions head on {ENCODER.title}"
 
-    @functools.cached_property
+    @property
     def labels(self) -> tuple[str, ...]:
         """The 28 labels."""
+        return self._labels
+
+    @functools.cached_property
+    def _labels(self) -> tuple[str, ...]:
         from safetensors import safe_open
 
         with safe_open(self._file, framework="pt") as head:

@@ -100,6 +100,45 @@ def test_steering_runs_in_quick_mode(narrow_loading, monkeypatch, capsys, tmp_pa
 
 
 @pytest.mark.weights
+def test_sweeps_are_made_once_and_again_where_they_were_asked_for_otherwise(narrow_loading, monkeypatch, tmp_path):
+    monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path))
+    few = lens_affect.load_stimuli("passages").select(
+        emotions=["happy", "afraid", "grateful"], groups=["train", "garden", "school", "kitchen"]
+    )
+    prompts = {"neutral": lens_affect.load_scenarios("neutral").select(rows=[0, 1, 2])}
+    prompts["scenarios"] = lens_affect.load_scenarios().select(emotions=["grateful"]).select(rows=[0, 3])
+    monkeypatch.setattr(lens_affect, "load_stimuli", lambda name: few, raising=False)
+    monkeypatch.setattr(lens_affect, "load_scenarios", lambda name="scenarios": prompts[name], raising=False)
+    monkeypatch.setattr(lens_affect, "load_judge", LetterCounts, raising=False)
+    names = runpy.run_path(str(ROOT / "analyses" / "steer_models.py"))
+    subject = names["Subject"]("model", "model", 14)
+    names["neutral"].__globals__.update(TOKENS=6, EMOTIONS=("happy",))
+    for block in ("neutral", "scenarios", "halves"):
+        names[block](subject)
+    folder = tmp_path / "steering" / "model"
+    doses = {name: lens_affect.DoseResponse.load(folder / name) for name in ("neutral", "scenarios", "halves")}
+    kinds = {name: set(dose.table["kind"]) for name, dose in doses.items()}
+    assert {"steered", "random"} <= kinds["neutral"] == kinds["halves"]
+    assert {"steered", "random", "other_emotion"} <= kinds["scenarios"]
+    for name, dose in doses.items():
+        assert len(lens_affect.Judgement.load(folder / f"{name}-judgement").top) == len(dose.texts)
+    topics = [set(json.loads((folder / f"vectors-{half}.json").read_text())["topics"]) for half in (0, 1)]
+    assert topics[0] | topics[1] == set(few.groups)
+    assert not topics[0] & topics[1]
+
+    written = {path: path.stat().st_mtime_ns for path in folder.rglob("manifest.json")}
+    names["neutral"](subject)
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    names["neutral"].__globals__.update(TOKENS=5)
+    names["neutral"](subject)
+    again = {path.parent.name for path, made in written.items() if path.stat().st_mtime_ns != made}
+    assert again == {"neutral", "neutral-judgement"}
+    names["publish"](tmp_path / "results")
+    assert lens_affect.DoseResponse.load(tmp_path / "results" / "steering" / "model" / "neutral").texts
+    assert not list((tmp_path / "results").rglob("*.lock"))
+
+
+@pytest.mark.weights
 def test_foreign_tokens_run_in_quick_mode(narrow_loading, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path))
     names = runpy.run_path(str(ROOT / "analyses" / "04_foreign_tokens.py"))
