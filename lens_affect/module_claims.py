@@ -170,16 +170,20 @@ def _by_parts(parts: PartScores, words: str, control: PartScores | None = None) 
         beside = f"in {control.title}: {_words(without)}"
         if verdict == HOLDS and special(without, MARGIN) == HOLDS:
             verdict = OPEN  # the gate is special, and not for affect
-    nothing = "" if math.isfinite(low) else "tuning gained nothing for certain; "
     return {
         "sound_statistic": float(row["share"]),
         "low": low,
         "high": high,
         "null": _largest(shares),
         "verdict": verdict,
-        "note": f"{nothing}share of the gain of {gain:.3f} in {parts.metric} (null: the best of {', '.join(SIBLINGS)}); {words}, in shares of the gain: {_words(limits)}; "
+        "note": f"{_nothing(low)}share of the gain of {gain:.3f} in {parts.metric} (null: the best of {', '.join(SIBLINGS)}); {words}, in shares of the gain: {_words(limits)}; "
         f"{n_seeds} seeds; {beside}",
     }, limits
+
+
+def _nothing(low: float) -> str:
+    """Said where there is no gain to have a share of."""
+    return "" if math.isfinite(low) else "tuning gained nothing for certain; "
 
 
 def _part_contrasts(parts: PartScores, gain: float) -> tuple[Limits, int]:
@@ -236,7 +240,7 @@ def _efficient(table: ModuleTable, source: str, control: ModuleTable | None) -> 
         "high": high,
         "null": _largest(rivals),
         "verdict": verdict,
-        "note": f"{float(row['share_of_parameters']):.1%} of the parameters of {table.reference}; share of its gain (null: the best of the other arms); gate minus "
+        "note": f"{_nothing(low)}{float(row['share_of_parameters']):.1%} of the parameters of {table.reference}; share of its gain (null: the best of the other arms); gate minus "
         f"others in shares of the gain: {_words(limits)}; {n_seeds} seeds; paper's statistic: percent of the score of {table.reference}"
         + (f"; in {control.task}: {_words(without)}" if control is not None and without else ""),
     }
@@ -276,9 +280,10 @@ def _necessary(parts: PartScores, control: PartScores | None, noise: PartScores 
     other: Any = noise.to_frame().set_index("arm") if noise is not None else None
     if other is not None and GATE in other.index and "verdict" in found:
         row: Any = other.loc[GATE]
-        found["note"] += (
-            f"; with noise of its norm in its place {row['share']:.2f} [{row['share_low']:.2f}, {row['share_high']:.2f}] of the gain goes"
-        )
+        if math.isfinite(row["share"]):
+            found["note"] += (
+                f"; with noise of its norm in its place {row['share']:.2f} [{row['share_low']:.2f}, {row['share_high']:.2f}] of the gain goes"
+            )
     lost = _papers_percent(parts, lambda score, after: 100 * (1 - score / after))
     return start | found | lost
 

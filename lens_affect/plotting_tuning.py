@@ -39,7 +39,7 @@ def plot_retention(tables: ModuleTable | Mapping[str, ModuleTable], *, title: st
     ):
         marker = {"symbol": symbol, "size": 18 if symbol == "line-ew" else 9, "color": "#000000", "line": {"width": 2}}
         figure.add_scatter(x=place, y=shown[column] / scale, mode="markers", marker=marker, name=name)
-    figure.add_hline(y=1, line_dash="dot", line_color="#7F7F7F")
+    _draw_level(figure, 1.0, "dot")
     first = next(iter(several.values()))
     set_layout(
         figure, title or _retention_title(first), "arm", f"share of what {first.reference} gains ({first.metric})"
@@ -63,11 +63,12 @@ def _bars(shown: Any, column: str, grouped: bool) -> tuple[go.Figure, list[Any]]
         x=place,
         y=shown[column],
         marker_color=[_colour(a) for a in shown["arm"]],
-        marker_opacity=0.6,  # or the intervals are lost on a dark bar
+        marker_opacity=0.5,  # or the intervals are lost on a dark bar
         error_y={
             "array": shown[f"{column}_high"] - shown[column],
             "arrayminus": shown[column] - shown[f"{column}_low"],
-            "color": "#444444",
+            "color": "#000000",
+            "thickness": 2,
         },
         showlegend=False,
     )
@@ -89,13 +90,31 @@ def plot_gains(tables: ModuleTable | Mapping[str, ModuleTable], *, title: str | 
     if shown.empty or bool(shown["gain"].isna().all()):
         raise ValueError("received no arm with a gain; give a table of compare_arms with a run that did not explode")
     figure, _ = _bars(shown, "gain", len(several) > 1)
-    figure.add_hline(y=0, line_color="#7F7F7F")
+    _draw_level(figure, 0.0, "solid")
     first = next(iter(several.values()))
-    better = list(dict.fromkeys(shown.loc[shown["gain_low"] > 0, "arm"]))
-    gained = f"{', '.join(better)} gain{'s' * (len(better) == 1)} for certain" if better else "no arm gains for certain"
-    found = f"{first.provenance.title}: {gained}<br>({first.metric} {first.base:.3f} untuned; detectable between two arms {first.detectable:.3f})"
-    set_layout(figure, title or found, "arm", f"gain over the untuned model ({first.metric})")
+    set_layout(figure, title or _gains_title(first), "arm", f"gain over the untuned model ({first.metric})")
     return figure
+
+
+def _draw_level(figure: go.Figure, level: float, dash: str) -> None:
+    """A line from edge to edge; plotly's own add_hline is not drawn where bars stand in groups."""
+    line = {"color": "#7F7F7F", "dash": dash, "width": 1.5}
+    figure.add_shape(type="line", xref="paper", x0=0, x1=1, y0=level, y1=level, line=line)
+
+
+def _gains_title(table: ModuleTable) -> str:
+    """The gate, or the arm that gains most, beside everything."""
+    known: Any = table.arms[table.arms["gain"].notna()]
+    arms: Any = known.sort_values("gain", ascending=False)
+    single = arms[arms["arm"] != table.reference]
+    gates = single[single["arm"].str.startswith("gate")]
+    named = [*(gates if len(gates) else single).head(1).to_dict("records")]
+    named += arms[arms["arm"] == table.reference].to_dict("records")
+    told = ", ".join(f"{r['arm']} gains {r['gain']:+.3f} [{r['gain_low']:+.3f}, {r['gain_high']:+.3f}]" for r in named)
+    return (
+        f"{table.provenance.title}: {told}<br>({table.metric} {table.base:.3f} untuned; "
+        f"detectable between two arms {table.detectable:.3f})"
+    )
 
 
 def _retention_title(table: ModuleTable) -> str:
@@ -148,9 +167,12 @@ def plot_learning(curves: pd.DataFrame, *, column: str = "validation_loss", titl
     heading = title or f"{best} ends lowest: {np.round(last[best], 3)}; bands: lowest to highest of up to {n} seeds"
     if title is None and column == "validation_exact":
         heading = heading.replace("lowest:", "highest:", 1)
-    if column == "validation_loss":  # from ten nats to one and a half, and the arms differ at the end
+    highest, lowest = float(table["highest"].to_numpy().max()), float(table["lowest"].to_numpy().min())
+    if (
+        column == "validation_loss" and highest >= 2 * lowest
+    ):  # from ten nats to one and a half, and the arms differ at the end
         set_layout(figure, heading, "training steps", "validation loss (nats, log scale)")
         figure.update_yaxes(type="log", dtick="D2")
     else:
-        set_layout(figure, heading, "training steps", column.replace("_", " "))
+        set_layout(figure, heading, "training steps", column.replace("_", " ") + " (nats)" * column.endswith("loss"))
     return figure

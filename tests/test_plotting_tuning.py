@@ -40,7 +40,10 @@ def test_gains_are_drawn_also_where_tuning_everything_gained_nothing_for_certain
     assert list(bars.x) == ["all", "gate", "up"]
     assert list(bars.y) == list(table.arms["gain"])
     assert (bars.error_y.array > 0).all()
-    assert ": gate gains for certain<br>" in figure.layout.title.text
+    gains = table.arms.set_index("arm")["gain"]
+    assert f": gate gains {gains['gate']:+.3f} [" in figure.layout.title.text
+    assert f", all gains {gains['all']:+.3f} [" in figure.layout.title.text
+    assert (figure.layout.shapes[0].y0, figure.layout.shapes[0].xref) == (0, "paper")
     with pytest.raises(ValueError, match="no arm with a gain"):
         plot_gains({})
 
@@ -61,3 +64,10 @@ def test_learning_curves_have_one_line_and_one_band_per_arm():
     assert "ends highest" in plot_learning(curves, column="validation_exact").layout.title.text
     with pytest.raises(ValueError, match="received column 'loss'"):
         plot_learning(curves, column="loss")
+
+
+def test_a_loss_that_falls_by_less_than_half_is_on_a_linear_axis_which_has_ticks():
+    curves = learning_curves(campaign(ARMS))
+    assert plot_learning(curves).layout.yaxis.type == "log"
+    curves["validation_loss"] += 3
+    assert plot_learning(curves).layout.yaxis.type is None
