@@ -80,7 +80,7 @@ def plot_gains(tables: ModuleTable | Mapping[str, ModuleTable], *, title: str | 
 
     Args:
         tables: one, or several by name (equal rank, equal size); each name gets a group of bars.
-        title: a finding; by default the arms whose interval lies above 0.
+        title: a finding; by default what the gate (without one, the best arm) and everything gain in the first table.
 
     Raises:
         ValueError: no table with a gain.
@@ -168,9 +168,8 @@ def plot_learning(curves: pd.DataFrame, *, column: str = "validation_loss", titl
     if title is None and column == "validation_exact":
         heading = heading.replace("lowest:", "highest:", 1)
     highest, lowest = float(table["highest"].to_numpy().max()), float(table["lowest"].to_numpy().min())
-    if (
-        column == "validation_loss" and highest >= 2 * lowest
-    ):  # from ten nats to one and a half, and the arms differ at the end
+    # labels fall from ten nats to one and a half, and the arms differ at the end; a shorter log axis would have no ticks
+    if column == "validation_loss" and highest >= 2 * lowest:
         set_layout(figure, heading, "training steps", "validation loss (nats, log scale)")
         figure.update_yaxes(type="log", dtick="D2")
     else:
