@@ -1,11 +1,14 @@
 """What the commands share: one message per error with its exit code, progress, tables, vectors given by a folder."""
 
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 VECTORS_HELP = "Folder of a finished sweep or of saved emotion vectors; by default they are fitted on our passages."
@@ -71,15 +74,41 @@ def print_table(table: Any, title: str) -> None:
 @contextmanager
 def reporting_errors() -> Iterator[None]:
     """Wrong input ends with code 2, a failed run with 1; both with one message and no traceback (LENS_AFFECT_DEBUG=1 shows it)."""
+    with _noting_interrupts() as interrupts:
+        try:
+            yield
+        except KeyboardInterrupt:
+            _stop()
+        except (ValueError, TypeError, FileExistsError, FileNotFoundError) as error:
+            _stop() if interrupts else _fail(error, 2)
+        except (RuntimeError, OSError) as error:
+            _stop() if interrupts else _fail(error, 1)
+
+
+@contextmanager
+def _noting_interrupts() -> Iterator[list[int]]:
+    """Every Ctrl-C: compiled libraries that are hit by one may end with another error, which is then no fault of the input."""
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    # A job in the background ignores the signal, and only the main thread may ask for it.
+    asked = threading.current_thread() is threading.main_thread()
+    if not asked or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield noted
+        return
+    signal.signal(signal.SIGINT, note)
     try:
-        yield
-    except (ValueError, TypeError, FileExistsError, FileNotFoundError) as error:
-        _fail(error, 2)
-    except (RuntimeError, OSError) as error:
-        _fail(error, 1)
-    except KeyboardInterrupt:
-        print("interrupted; finished steps are kept: run the same command with --resume", file=sys.stderr)
-        raise SystemExit(130) from None
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _stop() -> None:
+    print("interrupted; finished steps are kept: run the same command with --resume", file=sys.stderr)
+    raise SystemExit(130) from None
 
 
 def _fail(error: Exception, code: int) -> None:

@@ -1,5 +1,6 @@
 """What the commands share: progress goes to stderr, one message per error, numbers and tables."""
 
+import signal
 from pathlib import Path
 
 import pandas as pd
@@ -42,6 +43,23 @@ def test_an_interrupted_run_says_how_to_go_on(capsys):
         raise KeyboardInterrupt
     assert ended.value.code == 130
     assert "--resume" in capsys.readouterr().err
+
+
+def test_an_interrupt_that_a_library_turned_into_another_error_is_an_interrupt(capsys):
+    def hit():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("half an import") from None
+
+    with pytest.raises(SystemExit) as ended, reporting_errors():
+        hit()
+    assert ended.value.code == 130
+    assert "half an import" not in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(SystemExit) as ended, reporting_errors():  # the next command is told of its own error
+        raise ValueError("wrong")
+    assert ended.value.code == 2
 
 
 def test_numbers_are_read_from_commas():
