@@ -87,41 +87,51 @@ def test_the_gate_runs_in_quick_mode(narrow_loading, monkeypatch, capsys, tmp_pa
     assert "afraid" in names["view"].html
 
 
-@pytest.mark.weights
-def test_steering_runs_in_quick_mode(narrow_loading, monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path))
+def test_steering_reads_the_committed_results(monkeypatch, capsys):
+    monkeypatch.setenv("LENS_AFFECT_QUICK", "1")
+    monkeypatch.delenv("LENS_AFFECT_RUNS", raising=False)
     names = runpy.run_path(str(ROOT / "analyses" / "04_steering.py"))
     printed = capsys.readouterr().out
-    assert "regimes of 1 emotions at 2 strengths" in printed
-    assert "rises: " in printed
-    assert "rank correlation within doses" in printed
-    assert {"P8", "P9", "P10", "P12"} == set(names["card"].table["id"])
-    assert names["studies"]["smollm2-135m-instruct"].verification.n_random == 2
+    studies = names["studies"]
+    assert {"smollm2-135m-instruct", "gemma-3-270m"} < set(studies)
+    assert {"P8", "P9", "P10", "P12"} <= set(names["card"].table["id"])
+    for name in ("smollm2-135m-instruct", "gemma-3-270m"):
+        assert studies[name].verification.n_random == 5
+        assert len(studies[name].boundaries) >= 1
+        assert studies[name].inside is not None
+        assert f"{name}: surgical" in printed or f"{name}: repetitive" in printed or f"{name}: explosive" in printed
+    for study in studies.values():
+        cells = study.dose.table[study.dose.table["kind"].isin(["steered", "random"])]
+        change = cells.groupby(["kind", "strength"])["change"].mean().unstack("kind")
+        off = (change["random"] / change["steered"] - 1).abs()
+        assert float(off.max()) < 0.1, "controls move the stream as far as what they stand beside"
+        assert study.transfer is not None
 
 
 @pytest.mark.weights
 def test_sweeps_are_made_once_and_again_where_they_were_asked_for_otherwise(narrow_loading, monkeypatch, tmp_path):
     monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path))
     few = lens_affect.load_stimuli("passages").select(
-        emotions=["happy", "afraid", "grateful"], groups=["train", "garden", "school", "kitchen"]
+        emotions=["happy", "afraid", "loving"], groups=["train", "garden", "school", "kitchen"]
     )
     prompts = {"neutral": lens_affect.load_scenarios("neutral").select(rows=[0, 1, 2])}
-    prompts["scenarios"] = lens_affect.load_scenarios().select(emotions=["grateful"]).select(rows=[0, 3])
+    prompts["scenarios"] = lens_affect.load_scenarios().select(emotions=["loving"])  # the word list knows enough of it
     monkeypatch.setattr(lens_affect, "load_stimuli", lambda name: few, raising=False)
     monkeypatch.setattr(lens_affect, "load_scenarios", lambda name="scenarios": prompts[name], raising=False)
-    monkeypatch.setattr(lens_affect, "load_judge", LetterCounts, raising=False)
+    words = lens_affect.load_judge("lexicon")
+    monkeypatch.setattr(lens_affect, "load_judge", lambda name="embedded": words, raising=False)
     names = runpy.run_path(str(ROOT / "analyses" / "steer_models.py"))
     subject = names["Subject"]("model", "model", 14)
     names["neutral"].__globals__.update(TOKENS=6, EMOTIONS=("happy",))
-    for block in ("neutral", "scenarios", "halves"):
+    for block in ("neutral", "scenarios", "inside"):
         names[block](subject)
     folder = tmp_path / "steering" / "model"
-    doses = {name: lens_affect.DoseResponse.load(folder / name) for name in ("neutral", "scenarios", "halves")}
+    doses = {name: lens_affect.DoseResponse.load(folder / name) for name in ("dose", "scenario_dose", "halves-dose")}
     kinds = {name: set(dose.table["kind"]) for name, dose in doses.items()}
-    assert {"steered", "random"} <= kinds["neutral"] == kinds["halves"]
-    assert {"steered", "random", "other_emotion"} <= kinds["scenarios"]
+    assert {"steered", "random"} <= kinds["dose"] == kinds["halves-dose"]
+    assert {"steered", "random", "other_emotion"} <= kinds["scenario_dose"]
     for name, dose in doses.items():
-        assert len(lens_affect.Judgement.load(folder / f"{name}-judgement").top) == len(dose.texts)
+        assert len(lens_affect.Judgement.load(folder / name.replace("dose", "judgement")).top) == len(dose.texts)
     topics = [set(json.loads((folder / f"vectors-{half}.json").read_text())["topics"]) for half in (0, 1)]
     assert topics[0] | topics[1] == set(few.groups)
     assert not topics[0] & topics[1]
@@ -131,11 +141,14 @@ def test_sweeps_are_made_once_and_again_where_they_were_asked_for_otherwise(narr
     assert {path: path.stat().st_mtime_ns for path in written} == written
     names["neutral"].__globals__.update(TOKENS=5)
     names["neutral"](subject)
-    again = {path.parent.name for path, made in written.items() if path.stat().st_mtime_ns != made}
-    assert again == {"neutral", "neutral-judgement"}
+    again = {p.relative_to(folder).parts[0] for p, made in written.items() if p.stat().st_mtime_ns != made}
+    assert again == {"dose", "judgement", "regimes"}
     names["publish"](tmp_path / "results")
-    assert lens_affect.DoseResponse.load(tmp_path / "results" / "steering" / "model" / "neutral").texts
+    study = lens_affect.SteeringStudy.load(tmp_path / "results" / "steering" / "model")
+    assert study.verification.n_random == 5
+    assert study.inside is not None
     assert not list((tmp_path / "results").rglob("*.lock"))
+    assert not list((tmp_path / "results").rglob("vectors*"))
 
 
 @pytest.mark.weights
