@@ -30,7 +30,10 @@ HERE = Path(__file__).resolve().parent
 RUNS = Path(os.environ.get("LENS_AFFECT_RUNS", HERE.parent / "runs")) / "steering"
 LAYERS = {"smollm2-135m-instruct": 14, "gemma-3-270m": 11}  # where emotions are told apart best (01_layer_sweep)
 EMOTIONS = ("happy", "sad", "afraid", "angry")
-BISECTED = {"smollm2-135m-instruct": EMOTIONS, "gemma-3-270m": ("angry",)}  # one takes 10 minutes in the first model, 40 in the second
+BISECTED = {
+    "smollm2-135m-instruct": EMOTIONS,
+    "gemma-3-270m": ("angry",),
+}  # one takes 10 minutes in the first model, 40 in the second
 DECLARED = 0.2  # strength that the verification is about, set before the scenarios were looked at
 TOKENS = 48
 LANGUAGES = {"English": "passages", "Spanish": "passages_es", "Chinese": "passages_zh"}

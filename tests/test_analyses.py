@@ -108,8 +108,7 @@ def test_steering_reads_the_committed_results(monkeypatch, capsys):
         assert study.transfer is not None
 
 
-@pytest.mark.weights
-def test_sweeps_are_made_once_and_again_where_they_were_asked_for_otherwise(narrow_loading, monkeypatch, tmp_path):
+def test_sweeps_are_made_once_and_again_where_they_were_asked_for_otherwise(model_folder, monkeypatch, tmp_path):
     monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path))
     few = lens_affect.load_stimuli("passages").select(
         emotions=["happy", "afraid", "loving"], groups=["train", "garden", "school", "kitchen"]
@@ -121,7 +120,7 @@ def test_sweeps_are_made_once_and_again_where_they_were_asked_for_otherwise(narr
     words = lens_affect.load_judge("lexicon")
     monkeypatch.setattr(lens_affect, "load_judge", lambda name="embedded": words, raising=False)
     names = runpy.run_path(str(ROOT / "analyses" / "steer_models.py"))
-    subject = names["Subject"]("model", "model", 14)
+    subject = names["Subject"]("model", model_folder, 1)
     names["neutral"].__globals__.update(TOKENS=6, EMOTIONS=("happy",))
     for block in ("neutral", "scenarios", "inside"):
         names[block](subject)
