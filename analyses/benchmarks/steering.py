@@ -1,7 +1,9 @@
 """How fast is steering: against Hugging Face's generate, and a sweep in shared batches against one call per cell and per text?
 
 Interleaved rounds of one run, ratios of medians. All ways write and score the same texts; of the slow ways only every n-th call is run and its time
-multiplied, which favours them where a call warms up.
+multiplied, which favours them where a call warms up. What a sweep writes anew until its controls move the stream as far as the steered texts, the
+slow ways are charged for at their own price per text. How much batching can bring on this machine is told by Hugging Face's generate, which is timed
+with one row and with many.
 """
 
 import argparse
@@ -70,7 +72,16 @@ def generation(model: Any, vectors: Any, name: str, layer: int, rows: int, token
     def theirs() -> float:
         return seconds(lambda: bare.generate(ids, attention_mask=mask, pad_token_id=0, **settings))
 
-    found = interleaved({"ours": ours, "theirs": theirs}, rounds)
+    def theirs_alone() -> float:
+        short = heads[0]
+        return seconds(lambda: bare.generate(torch.tensor([list(short)]), pad_token_id=0, **settings))
+
+    found = interleaved({"ours": ours, "theirs": theirs, "alone": theirs_alone}, rounds)
+    print(
+        f"Hugging Face generate makes {rows * found['alone'] / found['theirs']:.2f} times as many tokens per second with {rows} rows as with one: what batches can "
+        "bring on this machine",
+        flush=True,
+    )
     print(
         f"steered generation, {rows} rows of {len(set(prompts))} prompts: {rows * tokens / found['ours']:.1f} tokens/s, {found['theirs'] / found['ours']:.2f} of "
         "Hugging Face generate without steering (never booted)",
@@ -99,12 +110,14 @@ def sweep(model: Any, vectors: Any, layer: int, tokens: int, rounds: int, every:
         )
         score_texts(model, [encode_prompt(model, t, form=form)[0] for t in texts], found.tokens, interventions=changes)
 
+    written_in_all = [0]
+
+    def note(done: int, total: int) -> None:
+        written_in_all[0] = done
+
     def shared() -> float:
-        return seconds(
-            lambda: la.sweep_strengths(
-                model, vectors, scenarios, emotions=list(EMOTIONS), layers=layer, strengths=STRENGTHS, n_tokens=tokens
-            )
-        )
+        options = {"emotions": list(EMOTIONS), "layers": layer, "strengths": STRENGTHS, "n_tokens": tokens}
+        return seconds(lambda: la.sweep_strengths(model, vectors, scenarios, progress=note, **options))
 
     def per_cell() -> float:
         some = cells[:: max(1, every // 4)]
@@ -116,10 +129,12 @@ def sweep(model: Any, vectors: Any, layer: int, tokens: int, rounds: int, every:
         return seconds(lambda: [written(*call) for call in some]) * len(calls) / len(some)
 
     found = interleaved({"shared": shared, "cell": per_cell, "text": per_text}, rounds)
+    n = len(cells) * len(prompts)
+    charged = written_in_all[0] / n
     print(
-        f"sweep of {len(EMOTIONS)} emotions x {len(STRENGTHS)} strengths x {len(prompts)} prompts with random directions, {len(cells) * len(prompts)} texts of up to "
-        f"{tokens} tokens: {found['shared']:.1f} s; one call per emotion and strength takes {found['cell'] / found['shared']:.2f} times as long, one per text "
-        f"{found['text'] / found['shared']:.2f} times",
+        f"sweep of {len(EMOTIONS)} emotions x {len(STRENGTHS)} strengths x {len(prompts)} prompts with random directions, {n} texts of up to "
+        f"{tokens} tokens and {written_in_all[0] - n} written anew: {found['shared']:.1f} s; one call per emotion and strength takes "
+        f"{charged * found['cell'] / found['shared']:.2f} times as long, one per text {charged * found['text'] / found['shared']:.2f} times",
         flush=True,
     )
 
