@@ -61,8 +61,11 @@ def sweep(
         ),
     ] = "passages",
     score: Annotated[
-        str, typer.Option(help="Comma-separated scores.")
-    ] = "nearest_mean,dprime,valence,mean_cosine_neutral",
+        str,
+        typer.Option(
+            help="Comma-separated scores; by default nearest_mean, dprime, valence and mean_cosine_neutral as the labels allow."
+        ),
+    ] = "",
     pooling: Annotated[
         str, typer.Option(help="mean, mean_without_sinks, last, midpoint or after:N.")
     ] = "mean_without_sinks",
@@ -96,7 +99,6 @@ def sweep(
             "model": model,
             "methods": ("comprehension", "generation") if method is Method.both else (method.value,),
             "stimuli": stimuli,
-            "scores": tuple(filter(None, score.split(","))),
             "pooling": pooling,
             "n_stories": stories,
             "story_tokens": story_tokens,
@@ -107,6 +109,8 @@ def sweep(
         }
         if emotions:
             settings["emotions"] = tuple(e.strip() for e in emotions.split(","))
+        if score:
+            settings["scores"] = tuple(s.strip() for s in score.split(","))
         spec = make_spec(**settings)
         spec = quick_size(spec) if quick else spec
         folder = Path(out or Path("runs") / Path(model).name)

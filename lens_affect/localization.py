@@ -31,7 +31,7 @@ from lens_affect.statistics import (
     resample_clusters,
     share_interval,
 )
-from lens_affect.stimuli import NEUTRAL, Stimuli
+from lens_affect.stimuli import EMOTIONS, NEUTRAL
 
 EMBEDDING = "embedding"
 WITH_DIRECTIONS = ("nearest_mean", "dprime", "valence")
@@ -269,7 +269,7 @@ def localize(
     _check(activations, score, null, test_groups)
     stimuli = activations.stimuli
     design, emotions = make_design(stimuli, n_splits=n_splits, test_groups=test_groups, seed=seed)
-    _check_labels(score, design, stimuli)
+    check_labels(score, stimuli.labels)
     labellings = draw_labellings(stimuli, design, n_permutations if null == "labels" else 0, seed)
     draws = _draw_directions(design, n_permutations, seed) if null == "directions" else None
     rows = _rows(activations)
@@ -372,12 +372,17 @@ def _check(activations: Activations, score: str, null: str, test_groups: Sequenc
     _ = activations.values  # says which sites there are if several
 
 
-def _check_labels(score: str, design: Design, stimuli: Stimuli) -> None:
-    if score == "mean_cosine_neutral" and NEUTRAL not in stimuli.labels:
+def check_labels(score: str, labels: Sequence[str]) -> None:
+    """Whether texts with these labels allow a score.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if score == "mean_cosine_neutral" and NEUTRAL not in labels:
         raise ValueError("score='mean_cosine_neutral' needs texts labelled 'neutral'; add some, or use another score")
-    if score == "valence" and {True, False} - set(design.positive):
+    if score == "valence" and len({EMOTIONS[e].valence for e in labels if e in EMOTIONS}) < 2:
         raise ValueError(
-            f"score='valence' needs pleasant and unpleasant emotions with known valence (stimuli.EMOTIONS); labels are {list(stimuli.labels)}"
+            f"score='valence' needs pleasant and unpleasant emotions with known valence (stimuli.EMOTIONS); labels are {list(labels)}"
         )
 
 

@@ -208,7 +208,7 @@ def plot_boundaries(found: Sequence[RegimeBoundaries], *, title: str | None = No
 
     Args:
         found: of locate_boundaries, of one model.
-        title: a finding; by default all boundaries.
+        title: a finding; by default the boundaries of one emotion, or where the first regime of several ends.
 
     Raises:
         ValueError: nothing to draw.
@@ -217,13 +217,13 @@ def plot_boundaries(found: Sequence[RegimeBoundaries], *, title: str | None = No
         raise ValueError("received no boundaries; use locate_boundaries, or study_steering(..., bisected=[...])")
     figure, seen = go.Figure(), set()
     for row, one in enumerate(found):
-        for edge in one.boundaries:
+        for side, edge in enumerate(one.boundaries):
             figure.add_shape(
                 type="rect", x0=edge.low, x1=edge.high, y0=row - 0.22, y1=row + 0.22, fillcolor="#DDDDDD", line={"color": "#FFFFFF", "width": 3}, layer="below"
             )  # fmt: skip
-            figure.add_annotation(
-                x=math.log10(math.sqrt(edge.low * edge.high)), y=row + 0.24, yanchor="bottom", showarrow=False, font={"size": 11},
-                text=f"{edge.low:.3g} to {edge.high:.3g}",
+            figure.add_annotation(  # neighbours on either side of the row: their numbers would overlap
+                x=math.log10(math.sqrt(edge.low * edge.high)), y=row + (0.24 if side % 2 == 0 else -0.24), yanchor="bottom" if side % 2 == 0 else "top",
+                showarrow=False, font={"size": 11}, text=f"{edge.low:.3g} to {edge.high:.3g}",
             )  # fmt: skip
         for regime, part in one.table.groupby("regime", sort=False):
             figure.add_scatter(
@@ -235,7 +235,7 @@ def plot_boundaries(found: Sequence[RegimeBoundaries], *, title: str | None = No
     n = int(found[0].table["n"].to_numpy()[0])
     set_layout(
         figure,
-        title or "<br>".join([f"{found[0].provenance.title}, {found[0].name}", *map(_told, found)]),
+        title or f"{found[0].provenance.title}, {found[0].name}:<br>{_told(found)}",
         f"strength (share of the residual stream's norm); {n} texts at each, grey: bracket of a boundary",
         "",
     )
@@ -247,9 +247,17 @@ def plot_boundaries(found: Sequence[RegimeBoundaries], *, title: str | None = No
     return figure
 
 
-def _told(one: RegimeBoundaries) -> str:
-    parts = [f"{in_words(b.below)} to {in_words(b.above)} at {b.low:.3g} to {b.high:.3g}" for b in one.boundaries]
-    return f"{one.emotion}: {'; '.join(parts) or 'no boundary between the strengths tried'}"
+def _told(found: Sequence[RegimeBoundaries]) -> str:
+    if len(found) == 1:
+        parts = [
+            f"{in_words(b.below)} to {in_words(b.above)} at {b.low:.3g} to {b.high:.3g}" for b in found[0].boundaries
+        ]
+        return f"{found[0].emotion}: {'; '.join(parts) or 'no boundary between the strengths tried'}"
+    first = [one.boundaries[0] for one in found if one.boundaries]
+    if not first:
+        return "no boundary between the strengths tried"
+    low, high = min(b.low for b in first), max(b.high for b in first)
+    return f"the first regime ends between {low:.3g} and {high:.3g} in {len(first)} of {len(found)} emotions"
 
 
 def plot_regimes(found: RegimeMap, *, title: str | None = None) -> go.Figure:
@@ -295,7 +303,7 @@ def plot_regimes(found: RegimeMap, *, title: str | None = None) -> go.Figure:
 
 
 def plot_verification(found: Verification, *, title: str | None = None) -> go.Figure:
-    """Success rates of steering with Wilson intervals beside those of random directions, per strength and criterion.
+    """Success rates of steering with Wilson intervals beside those of random directions and of another emotion, per strength and criterion.
 
     Args:
         found: of verify_steering.
@@ -319,6 +327,12 @@ def plot_verification(found: Verification, *, title: str | None = None) -> go.Fi
             marker={"color": colours[criterion], "size": 11, "symbol": "line-ew-open", "line": {"width": 3}},
             hovertemplate=f"random, {criterion} at %{{x}}: %{{y:.2f}}<extra></extra>",
         )  # fmt: skip
+        if own["other"].notna().any():
+            figure.add_scatter(
+                x=x, y=own["other"], mode="markers", name=f"another emotion: {criterion}",
+                marker={"color": colours[criterion], "size": 11, "symbol": "diamond-open", "line": {"width": 2}},
+                hovertemplate=f"another emotion, {criterion} at %{{x}}: %{{y:.2f}}<extra></extra>",
+            )  # fmt: skip
     gap, (successes, n) = found.difference(), found.successes()
     text = (
         f"{found.provenance.title}, strength {found.strength:+g}: target rises in {successes} of {n} scenarios<br>{float(gap.estimate):+.2f} "

@@ -21,7 +21,7 @@ from lens_affect.anisotropy import Anisotropy, measure_anisotropy
 from lens_affect.comparison import MethodComparison, compare_methods
 from lens_affect.designs import draw_labellings, make_design
 from lens_affect.lexical import LexicalBar, lexical_bar
-from lens_affect.localization import LocalizationCurve, localize
+from lens_affect.localization import LocalizationCurve, check_labels, localize
 from lens_affect.nulls import p_text
 from lens_affect.patching import PatchingMap
 from lens_affect.results import Stopwatch, content_hash, load_result, save_result, write_text_atomically
@@ -53,11 +53,13 @@ class SweepSpec(BaseModel):
     methods: tuple[Method, ...] = ("comprehension", "generation")
     """`comprehension` reads given passages; `generation` reads stories that the model writes."""
     emotions: tuple[str, ...] = tuple(EMOTIONS)
-    """Which emotions."""
+    """Which emotions; make_spec takes those of the stimuli by default."""
     stimuli: str = "passages"
     """Passages, or a user's table."""
+    stimuli_hash: str = ""
+    """Of the texts, labels and groups, by make_spec: a table that was edited since is another run."""
     scores: tuple[str, ...] = ("nearest_mean", "dprime", "valence", "mean_cosine_neutral")
-    """Scores per layer."""
+    """Scores per layer; make_spec leaves out, of the default ones, those that the labels do not allow."""
     pooling: str = "mean_without_sinks"
     """Plain means are dominated by single attention-sink tokens in some models (activations.SINK_RATIO)."""
     n_stories: int = Field(default=12, ge=2)
@@ -86,8 +88,10 @@ class SweepSpec(BaseModel):
 def make_spec(**settings: Any) -> SweepSpec:
     """A spec from settings, checked before any long work starts.
 
+    Emotions are those of the stimuli unless named; a default score that the stimuli's labels do not allow is left out, with a warning.
+
     Raises:
-        ValueError: an unknown key, emotion or score, a number out of range, or texts that allow no null or no held-out topics.
+        ValueError: an unknown key, emotion or score, a number out of range, texts that allow no null or no held-out topics, or no named score.
     """
     try:
         spec = SweepSpec(**settings)
@@ -104,12 +108,31 @@ def make_spec(**settings: Any) -> SweepSpec:
     unknown = [s for s in spec.scores if s not in SCORES]
     if unknown:
         raise ValueError(f"received scores {unknown}; allowed are {list(SCORES)}")
-    texts = _load_selected(spec)  # names unknown emotions, missing columns and unreadable files now
+    if "emotions" not in settings:
+        labels = load_stimuli(spec.stimuli).labels  # names missing columns and unreadable files now
+        spec = spec.model_copy(update={"emotions": tuple(e for e in labels if e != NEUTRAL)})
+    texts = _load_selected(spec)  # names unknown emotions now
+    spec = spec.model_copy(update={"stimuli_hash": texts.hash})
+    spec = _with_possible_scores(spec, texts, named="scores" in settings)
     if "comprehension" in spec.methods:
         _require_design(texts, spec.seed, spec.n_permutations, f"the stimuli {spec.stimuli!r}")
     if "generation" in spec.methods:
         _require_design(_planned_stories(spec), spec.seed, spec.n_permutations, f"n_stories={spec.n_stories}")
     return spec
+
+
+def _with_possible_scores(spec: SweepSpec, texts: Stimuli, *, named: bool) -> SweepSpec:
+    reasons: dict[str, str] = {}
+    for score in spec.scores:
+        try:
+            check_labels(score, texts.labels)
+        except ValueError as error:
+            reasons[score] = str(error)
+    if named and reasons:
+        raise ValueError(next(iter(reasons.values())))
+    for score, reason in reasons.items():
+        log.warning("without %s: %s", score, reason)
+    return spec.model_copy(update={"scores": tuple(s for s in spec.scores if s not in reasons)})
 
 
 def _planned_stories(spec: SweepSpec) -> Stimuli:
@@ -287,7 +310,7 @@ def run_sweep(
             written: Stories = run.step("stories", Stories, run.write_stories)
             stories, texts = written, written.stimuli
         else:
-            texts = _load_selected(spec)
+            texts = run.step("stimuli", Stimuli, lambda p: _load_selected(spec))
         stimuli[method] = texts
         activations = run.step(f"activations-{method}", Activations, lambda p, t=texts: run.extract(t, p))
         vectors[method] = run.step(
@@ -373,10 +396,7 @@ def _claim(folder: Path, spec: SweepSpec, resume: bool) -> None:
 
 def _load_selected(spec: SweepSpec) -> Stimuli:
     stimuli = load_stimuli(spec.stimuli)
-    wanted = list(spec.emotions)
-    if spec.stimuli != "passages" and set(wanted) == set(EMOTIONS):
-        return stimuli  # a user's own labels, all of them
-    return stimuli.select(emotions=[*wanted, *([NEUTRAL] if NEUTRAL in stimuli.labels else [])])
+    return stimuli.select(emotions=[*spec.emotions, *([NEUTRAL] if NEUTRAL in stimuli.labels else [])])
 
 
 def _load_default(name: str, dtype: str) -> Any:

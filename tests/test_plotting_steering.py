@@ -102,6 +102,10 @@ def test_boundaries_are_drawn_with_their_brackets_and_every_strength_tried():
         (name.replace("_", " "), s, REGIME_COLOURS[name]) for name, s in zip(regimes, (0.1, 0.2, 0.4), strict=True)
     ]
     assert "degraded to repetitive collapse at 0.2 to 0.4" in figure.layout.title.text
+    later = replace(found, table=table.assign(strength=[0.2, 0.5, 1.0]), emotion="sad")
+    both = plot_boundaries([found, later])
+    assert "the first regime ends between 0.1 and 0.5 in 2 of 2 emotions" in both.layout.title.text
+    assert [a.yanchor for a in both.layout.annotations] == ["bottom", "top"] * 2  # neighbours do not overlap
     with pytest.raises(ValueError, match="received no boundaries"):
         plot_boundaries([])
 
@@ -128,6 +132,7 @@ def test_a_verification_shows_rates_with_intervals_beside_random_directions():
     np.testing.assert_allclose(drawn["steered: rises"].y, table["rate"])
     np.testing.assert_allclose(drawn["steered: rises"].error_y.array, table["high"] - table["rate"])
     np.testing.assert_allclose(drawn["random directions: rises"].y, table["random"])
+    assert ("another emotion: rises" in drawn) == bool(table["other"].notna().any())
     assert "target rises in 24 of 24 scenarios" in figure.layout.title.text
 
 

@@ -323,6 +323,7 @@ def test_the_spec_hash_depends_on_every_field():
         "methods": ("generation",),
         "emotions": ("sad",),
         "stimuli": "x.csv",
+        "stimuli_hash": "1",
         "scores": ("dprime",),
     }
     changes |= {"pooling": "last", "n_stories": 5, "story_tokens": 99, "minimum_story_tokens": 9, "story_rounds": 1}
@@ -362,6 +363,40 @@ def test_texts_that_allow_no_null_are_refused_before_any_is_written(settings, me
     with pytest.raises(ValueError, match=message):
         make_spec(model="nowhere", **settings)
     assert make_spec(model="nowhere", emotions=("happy", "sad"), n_stories=4, n_permutations=0).n_stories == 4
+
+
+def own_file(path, labels, word="text"):
+    rows = "".join(f"{word} {i} {e} of topic {t},{e},{t}\n" for i in range(2) for e in labels for t in "abcdef")
+    path.write_text("text,emotion,group\n" + rows)
+    return path
+
+
+def test_a_users_own_labels_are_what_is_read_and_written(tmp_path, caplog):
+    mine = own_file(tmp_path / "mine.csv", ("awe", "schadenfreude", "neutral"))
+    spec = make_spec(model="nowhere", stimuli=str(mine))
+    assert spec.emotions == ("awe", "schadenfreude")  # stories too are about these
+    assert spec.scores == ("nearest_mean", "dprime", "mean_cosine_neutral")
+    assert "without valence: score='valence' needs pleasant and unpleasant emotions" in caplog.text
+    plain = own_file(tmp_path / "plain.csv", ("happy", "sad"))
+    assert make_spec(model="nowhere", stimuli=str(plain)).scores == ("nearest_mean", "dprime", "valence")
+    with pytest.raises(ValueError, match="needs texts labelled 'neutral'"):
+        make_spec(model="nowhere", stimuli=str(plain), scores=("mean_cosine_neutral",))
+    chosen = make_spec(model="nowhere", stimuli=str(mine), emotions=("schadenfreude", "awe"))
+    assert chosen.emotions == ("schadenfreude", "awe")
+
+
+def test_texts_that_were_edited_since_are_another_run_and_a_finished_run_keeps_its_own(model_folder, tmp_path):
+    mine = own_file(tmp_path / "mine.csv", ("awe", "dread", "neutral"))
+    settings = SMALL | {"methods": ("comprehension",), "stimuli": str(mine), "n_permutations": 0}
+    settings = {k: v for k, v in settings.items() if k not in ("scores", "emotions")}
+    run = run_sweep(make_spec(model=model_folder, **settings), tmp_path / "run")
+    own_file(mine, ("awe", "dread", "neutral"), word="edited")
+    with pytest.raises(ValueError, match="stimuli_hash is .* there and .* here"):
+        run_sweep(make_spec(model=model_folder, **settings), run.folder, resume=True)
+    mine.unlink()
+    again = load_sweep(run.folder)
+    assert again.stimuli["comprehension"].texts == run.stimuli["comprehension"].texts
+    assert again.stimuli["comprehension"].texts[0].startswith("text 0")
 
 
 def test_a_users_file_with_one_topic_is_refused_before_it_is_read(tmp_path):
