@@ -327,7 +327,7 @@ def plot_verification(found: Verification, *, title: str | None = None) -> go.Fi
             marker={"color": colours[criterion], "size": 11, "symbol": "line-ew-open", "line": {"width": 3}},
             hovertemplate=f"random, {criterion} at %{{x}}: %{{y:.2f}}<extra></extra>",
         )  # fmt: skip
-        if own["other"].notna().any():
+        if bool(own["other"].notna().any()):
             figure.add_scatter(
                 x=x, y=own["other"], mode="markers", name=f"another emotion: {criterion}",
                 marker={"color": colours[criterion], "size": 11, "symbol": "diamond-open", "line": {"width": 2}},
