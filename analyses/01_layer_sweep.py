@@ -91,4 +91,4 @@ print(stories)
 written = la.extract_activations(model, stories.stimuli, pooling="mean_without_sinks")
 both = [curve, la.localize(written, score="nearest_mean", n_permutations=0 if QUICK else 200, seed=0)]
 print(both[1])
-la.plot_curves(both, bar=bar.accuracy).show()
+la.plot_curves(both, bar=[bar.accuracy, la.lexical_bar(stories.stimuli).accuracy]).show()

@@ -73,7 +73,8 @@ class Activations:
     pooling: str
     """`mean`, `mean_without_sinks`, `last`, `midpoint` or `after:N`."""
     texts_with_sinks: dict[str, Int[Tensor, " layer"]]
-    """Per site and layer: texts in which some pooled token is a sink (`SINK_RATIO`). With `mean` one such token can outweigh all others."""
+    """Per site and layer: texts in which some pooled token is a sink (`SINK_RATIO`). With `mean` one such token can outweigh all others.
+    Counted over the texts that were read; rows taken out by `select` keep this count."""
     provenance: Provenance
     """Model, numerics, stimuli, versions."""
 
@@ -535,9 +536,9 @@ def _require_finite(pooled: dict[str, Tensor], rows: list[int], reader: "_Reader
 
 
 def _settle_precision(model: LensModel, encoded: list[Encoded], weights: dict[str, list[dict[int, float]]]) -> None:
-    """Where bfloat16 was chosen automatically: compare it with float32 on this run's own texts and pooling, and go back if it is too coarse."""
+    """Where bfloat16 was chosen automatically: compare it with float32 on the texts that are first read with a pooling, and go back if it is too coarse."""
     info = model_info(model)
-    if not info.precision_is_automatic or info.restore_float32 is None:
+    if not info.precision_is_automatic or info.restore_float32 is None or set(weights) <= info.verified_poolings:
         return
     rows = sorted({0, len(encoded) // 3, 2 * len(encoded) // 3, len(encoded) - 1})
     batch, pooling = [encoded[r] for r in rows], {p: [w[r] for r in rows] for p, w in weights.items()}
@@ -552,5 +553,6 @@ def _settle_precision(model: LensModel, encoded: list[Encoded], weights: dict[st
         cast_parameters(model, torch.bfloat16)  # pyright: ignore[reportArgumentType]
         info.provenance = replace(info.provenance, dtype="bfloat16")
         info.precision_is_automatic = True
+        info.verified_poolings |= set(weights)
     else:
         log.warning("bfloat16 keeps a cosine of only %.4f with float32 under this pooling: reading in float32", worst)

@@ -59,6 +59,8 @@ class ModelInfo:
     """What the tokenizer does by itself; a bridge holds a copy of it that always adds BOS."""
     restore_float32: Callable[[], None] | None = None
     """Puts the unrounded float32 weights back."""
+    verified_poolings: set[str] = field(default_factory=set)
+    """Poolings that were seen to survive the rounding to bfloat16."""
     reference_logits: dict[str, Tensor] = field(default_factory=dict)
     """Logits of the never-booted Hugging Face model for the check texts."""
 

@@ -32,7 +32,7 @@ from lens_affect.adapter import (
 )
 from lens_affect.catalogue import BY_FILE, CATALOGUE, FetchError, converted_gguf, fetch, quiet_transformers, read_card
 from lens_affect.results import Provenance, git_state, package_versions
-from lens_affect.selfchecks import ensure_checked, reference_logits
+from lens_affect.selfchecks import PARITY, ensure_checked, reference_logits
 from lens_affect.tokenizer_files import read_tokenizer_file
 
 __all__ = ["LensModel", "load_model", "model_info"]
@@ -312,10 +312,9 @@ def use_bfloat16(bridge: Any, load_again: Callable[[], Any]) -> None:
     info.precision_is_automatic = True
     update_provenance(bridge, dtype="bfloat16", checks={})
     info.reference_logits = {}  # parity was shown in float32, where a difference means a mistake and not rounding
-    passed = "logits equal Hugging Face's"
     ensure_checked(bridge)
     update_provenance(
-        bridge, checks={**info.provenance.checks, passed: "passed: in float32, before rounding to bfloat16"}
+        bridge, checks={**info.provenance.checks, PARITY: "passed: in float32, before rounding to bfloat16"}
     )
 
 

@@ -23,17 +23,18 @@ def plot_curves(
     curves: LocalizationCurve | Sequence[LocalizationCurve],
     *,
     title: str | None = None,
-    bar: float | None = None,
+    bar: float | Sequence[float] | None = None,
 ) -> go.Figure:
     """Localization curves of one score over depth, each with its interval, its null band and its family-wise threshold.
 
     Args:
         curves: one or several with the same score, such as both extraction methods or several models.
         title: a finding; by default where the first curve is best.
-        bar: level of a bag of words, drawn as a line.
+        bar: level of a bag of words on the texts, drawn as a line; or one level for each curve where they are read from different texts, drawn in
+            the colours of the curves.
 
     Raises:
-        ValueError: curves of different scores.
+        ValueError: curves of different scores; another number of levels than of curves.
     """
     several = [curves] if isinstance(curves, LocalizationCurve) else list(curves)
     if len({c.score for c in several}) != 1:
@@ -43,11 +44,11 @@ def plot_curves(
     for curve, colour in zip(several, ("#999999",) if len(several) == 1 else PALETTE, strict=False):
         if curve.n_permutations:
             _null(figure, curve, colour, named=curve is first)
-    if bar is not None:
+    for level, name, colour in _bars(several, bar):
         figure.add_hline(
-            y=bar,
-            line={"dash": "dash", "color": "#000000", "width": 1},
-            annotation_text="bag of words",
+            y=level,
+            line={"dash": "dash", "color": colour, "width": 1},
+            annotation={"text": name, "font": {"color": colour}},
             annotation_position="bottom right",
         )
     for curve, colour in zip(several, PALETTE, strict=False):
@@ -75,6 +76,20 @@ def plot_curves(
     )
     figure.update_xaxes(range=[-0.02, 1.02])
     return figure
+
+
+def _bars(several: list[LocalizationCurve], bar: float | Sequence[float] | None) -> list[tuple[float, str, str]]:
+    """Level, name and colour of each line for a bag of words."""
+    if bar is None or isinstance(bar, int | float):
+        return [] if bar is None else [(float(bar), "bag of words", "#000000")]
+    if len(bar) != len(several):
+        raise ValueError(
+            f"received {len(bar)} levels for {len(several)} curves; allowed are one for all or one for each"
+        )
+    return [
+        (float(level), f"bag of words, {curve.method}", colour)
+        for level, curve, colour in zip(bar, several, PALETTE, strict=False)
+    ]
 
 
 def _null(figure: go.Figure, curve: LocalizationCurve, colour: str, *, named: bool) -> None:

@@ -185,13 +185,13 @@ def _anisotropy(sweep: Sweep) -> dict[str, Any]:
 
 def _curves(sweep: Sweep, score: str) -> dict[str, Any]:
     curves = [sweep.curves[method, score] for method in sweep.spec.methods]
-    bar = sweep.bars[sweep.spec.methods[0]].accuracy if SCORES[score].kind == "accuracy" else None
+    bars = [sweep.bars[m].accuracy for m in sweep.spec.methods] if SCORES[score].kind == "accuracy" else None
     texts = [f"{SCORES[score].description} {SCORES[score].better.capitalize()} is better."]
     texts += [str(curve).replace("\n", ". ") for curve in curves]
     return {
         "title": f"{score} by layer",
         "texts": texts,
-        "figures": [_html(plot_curves(curves, bar=bar))],
+        "figures": [_html(plot_curves(curves, bar=bars))],
         "tables": [_table(curves)],
     }
 

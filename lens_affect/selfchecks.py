@@ -20,6 +20,7 @@ from lens_affect.adapter import (
     CHANGED,
     Encoded,
     LensModel,
+    ModelInfo,
     add_hooks,
     device_of,
     dtype_name,
@@ -44,6 +45,8 @@ CHECK_TEXTS = (
 )
 """Two texts of different lengths; the shorter one gets the padding."""
 
+PARITY = "logits equal Hugging Face's"
+"""Name of the check that the host library computes what Hugging Face does."""
 TOLERANCES = {
     "float32": {"log_probabilities": 1e-3, "activations": 1e-4},
     "bfloat16": {"log_probabilities": 0.5, "activations": 0.05},
@@ -141,7 +144,7 @@ def check_model(model: LensModel) -> CheckReport:
     dtype = dtype_name(next(model.parameters()).dtype)  # pyright: ignore[reportAttributeAccessIssue]
     tolerance = TOLERANCES.get(dtype, TOLERANCES["float32"])
     checks = [
-        _check_parity(model, info.reference_logits, tolerance["log_probabilities"]),
+        _check_parity(model, info, tolerance["log_probabilities"]),
         _check_padding(model, tolerance["activations"]),
         _check_plain(model, tolerance["activations"]),
         *_check_hooks(model, tolerance["activations"]),
@@ -155,9 +158,12 @@ def _verdict(name: str, good: bool, measured: str, advice: str) -> Check:
     return Check(name, "passed" if good else "failed", measured, advice)
 
 
-def _check_parity(model: LensModel, reference: dict[str, Tensor], tolerance: float) -> Check:
-    name = "logits equal Hugging Face's"
+def _check_parity(model: LensModel, info: ModelInfo, tolerance: float) -> Check:
+    name, reference = PARITY, info.reference_logits
     if not reference:
+        recorded = info.provenance.checks.get(name, "")
+        if recorded.startswith("passed: "):  # before the weights were rounded
+            return Check(name, "passed", recorded.removeprefix("passed: "), "")
         return Check(name, "not applicable", "no Hugging Face model at hand to compare with", "")
     differences = []
     for text, expected in reference.items():

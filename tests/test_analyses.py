@@ -230,6 +230,10 @@ def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(
     names["publish"](tmp_path / "results" / "tuning")
     assert sum(path.stat().st_size for path in (tmp_path / "results").rglob("*") if path.is_file()) < 5e6
     monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path / "results"))
+    runpy.run_path(str(ROOT / "analyses" / "05_rank_one.py"))
+    printed = capsys.readouterr().out
+    assert "7 finished runs at rank 1" in printed
+    assert "sums and differences" in printed
     runpy.run_path(str(ROOT / "analyses" / "05_writing.py"))
     printed = capsys.readouterr().out
     assert "7 finished runs of writing" in printed

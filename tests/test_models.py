@@ -16,7 +16,7 @@ from lens_affect.adapter import model_info, parameter_fingerprint, run_logits
 from lens_affect.catalogue import FetchError
 from lens_affect.generation import generate
 from lens_affect.models import load_model
-from lens_affect.selfchecks import SelfCheckError
+from lens_affect.selfchecks import SelfCheckError, check_model
 from lens_affect.stimuli import Stimuli
 from lens_affect.unwrapping import CHECK
 from tests.tiny import FAMILIES, make_hf_model, make_tokenizer
@@ -204,6 +204,24 @@ def test_automatic_bfloat16_survives_where_vectors_agree_with_float32(saved, exa
     assert not torch.equal(found.values, fine.values)
     again = extract_activations(model, STIMULI)  # and the check of the second run changes nothing
     assert torch.equal(found.values, again.values)
+
+
+def test_a_pooling_that_survived_bfloat16_is_not_compared_again(saved, bfloat16_pays, monkeypatch):
+    monkeypatch.setattr(activations, "MINIMUM_COSINE", 0.9)
+    model = load_model(saved("llama"))
+    info, restored = model_info(model), []
+    load_again = info.restore_float32
+    info.restore_float32 = lambda: (restored.append(1), load_again())
+    first = extract_activations(model, STIMULI)
+    assert torch.equal(extract_activations(model, STIMULI).values, first.values)
+    assert len(restored) == 1
+    extract_activations(model, STIMULI, pooling="last")
+    assert len(restored) == 2
+
+
+def test_the_doctor_shows_the_parity_that_was_found_before_rounding(saved, bfloat16_pays):
+    found = {c.name: c for c in check_model(load_model(saved("llama"))).checks}["logits equal Hugging Face's"]
+    assert (found.outcome, found.measured) == ("passed", "in float32, before rounding to bfloat16")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])

@@ -1,5 +1,7 @@
 """Figures: what is drawn is what was computed; titles state it; colours tell emotions apart."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -66,6 +68,18 @@ def test_the_curve_draws_values_interval_null_and_threshold(curve):
     interval = next(t for t in figure.data if t.name is None)
     np.testing.assert_allclose(interval.y, np.concatenate([curve.low.numpy(), curve.high.numpy()[::-1]]))
     assert figure.layout.shapes[0].y0 == 0.2
+
+
+def test_curves_read_from_different_texts_have_bars_of_their_own(curve):
+    stories = replace(curve, method="stories")
+    figure = plot_curves([curve, stories], bar=[0.2, 0.6])
+    lines, names = figure.layout.shapes, [a.text for a in figure.layout.annotations]
+    assert [line.y0 for line in lines] == [0.2, 0.6]
+    assert names[:2] == ["bag of words, passages", "bag of words, stories"]
+    drawn = {t.name: t.line.color for t in figure.data if t.name and t.name.startswith(("passages", "stories"))}
+    assert [line.line.color for line in lines] == list(drawn.values())
+    with pytest.raises(ValueError, match="received 1 levels for 2 curves; allowed are one for all or one for each"):
+        plot_curves([curve, stories], bar=[0.2])
 
 
 def test_the_title_states_the_finding_and_the_precision_of_the_weights(curve):
