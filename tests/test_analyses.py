@@ -224,7 +224,7 @@ def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(
         run(model, job)
     runpy.run_path(str(ROOT / "analyses" / "05_modules.py"))
     printed = capsys.readouterr().out
-    assert "32 finished runs" in printed
+    assert "33 finished runs" in printed
     assert "G4, reverted, " in printed
     assert "next-token loss on texts without emotion" in printed
     names["publish"](tmp_path / "results" / "tuning")
@@ -232,7 +232,7 @@ def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(
     monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path / "results"))
     runpy.run_path(str(ROOT / "analyses" / "05_rank_one.py"))
     printed = capsys.readouterr().out
-    assert "7 finished runs at rank 1" in printed
+    assert "8 finished runs at rank 1" in printed
     assert "sums and differences" in printed
     runpy.run_path(str(ROOT / "analyses" / "05_writing.py"))
     printed = capsys.readouterr().out
