@@ -88,6 +88,7 @@ save(la.plot_learning(curves), "module_learning_rank1", tables["equal rank"]).sh
 
 # %%
 kinds = {m: f"goemotions-{m}-rank1" for m in ("gate", "up", "down", "attention", "all")} | {f"{m}, gate's size": f"goemotions-{m}-size-of-gate-rank1" for m in fitted}  # fmt: skip
+kinds["attention, rate / 4"] = "goemotions-attention-rank1-rate0.008"
 for task in ("neutral_text", "arithmetic"):
     folders = {m: [RUNS / f"{kind}-seed{run.seed}" / "controls" / task for run in runs_of(kind)] for m, kind in kinds.items()}  # fmt: skip
     after = {m: [la.TaskScores.load(f) for f in several] for m, several in folders.items()}
