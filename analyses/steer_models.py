@@ -33,7 +33,7 @@ EMOTIONS = ("happy", "sad", "afraid", "angry")
 BISECTED = {
     "smollm2-135m-instruct": EMOTIONS,
     "gemma-3-270m": ("angry",),
-}  # one takes 10 minutes in the first model, 40 in the second
+}
 DECLARED = 0.2  # strength that the verification is about, set before the scenarios were looked at
 TOKENS = 48
 LANGUAGES = {"English": "passages", "Spanish": "passages_es", "Chinese": "passages_zh"}
