@@ -65,11 +65,12 @@ comparisons = {
 tables = {name: la.compare_arms(runs, reference="all") for name, runs in comparisons.items()}
 for name, table in tables.items():
     print(f"{name}\n{table}\n{table.contrasts.round(3).to_string(index=False)}", end="\n\n")
-gate = tables["equal size"].contrasts.query("arm == 'gate' and other != 'all'")
-above = ", ".join(gate["other"][gate["low"] > 0]) or "none"
-kept = tables["equal size"].to_frame().set_index("arm")["retention"]["gate"]
-title = f"{tables['equal size'].provenance.title}, rank 1: the gate keeps {kept:.2f} of the gain; of {len(gate)} arms of its size<br>it is shown to be above: {above} (95 %, not corrected for {len(gate)} comparisons)"
-save(la.plot_retention(tables, title=title), "module_retention_rank1", *tables.values()).show()
+if any(table.arms["retention"].notna().any() for table in tables.values()):
+    gate = tables["equal size"].contrasts.query("arm == 'gate' and other != 'all'")
+    above = ", ".join(gate["other"][gate["low"] > 0]) or "none"
+    kept = tables["equal size"].to_frame().set_index("arm")["retention"]["gate"]
+    title = f"{tables['equal size'].provenance.title}, rank 1: the gate keeps {kept:.2f} of the gain; of {len(gate)} arms of its size<br>it is shown to be above: {above} (95 %, not corrected for {len(gate)} comparisons)"
+    save(la.plot_retention(tables, title=title), "module_retention_rank1", *tables.values()).show()
 
 # %%
 columns = ["arm", "n_parameters", "share_of_parameters", "n_seeds", "score", "low", "high", "retention", "retention_low", "retention_high", "percent_of_tuned"]  # fmt: skip
