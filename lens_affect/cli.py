@@ -63,7 +63,7 @@ def sweep(
     score: Annotated[
         str,
         typer.Option(
-            help="Comma-separated scores; by default nearest_mean, dprime, valence and mean_cosine_neutral as the labels allow."
+            help="Comma-separated scores; by default nearest_mean, dprime, valence and mean_cosine_neutral as labels and folds allow."
         ),
     ] = "",
     pooling: Annotated[

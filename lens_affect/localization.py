@@ -259,8 +259,8 @@ def localize(
         and family-wise over all rows.
 
     Raises:
-        ValueError: an unknown score, fewer groups than folds, a class that is missing from a training set, too few possible
-            relabellings, or activations kept as moments.
+        ValueError: an unknown score, one that the labels or the folds do not allow, fewer groups than folds, a class that is missing
+            from a training set, too few possible relabellings, or activations kept as moments.
 
     Example:
         >>> print(localize(activations, score="nearest_mean", n_permutations=200, seed=0))  # doctest: +SKIP
@@ -270,6 +270,7 @@ def localize(
     stimuli = activations.stimuli
     design, emotions = make_design(stimuli, n_splits=n_splits, test_groups=test_groups, seed=seed)
     check_labels(score, stimuli.labels)
+    check_design(score, design, emotions)
     labellings = draw_labellings(stimuli, design, n_permutations if null == "labels" else 0, seed)
     draws = _draw_directions(design, n_permutations, seed) if null == "directions" else None
     rows = _rows(activations)
@@ -384,6 +385,34 @@ def check_labels(score: str, labels: Sequence[str]) -> None:
         raise ValueError(
             f"score='valence' needs pleasant and unpleasant emotions with known valence (stimuli.EMOTIONS); labels are {list(labels)}"
         )
+
+
+def check_design(score: str, design: Design, emotions: Sequence[str]) -> None:
+    """Whether the folds of a design allow a score, with an interval.
+
+    Raises:
+        ValueError: they do not.
+    """
+    scored = (design.labels >= 0) & (design.folds >= 0)
+    texts = np.zeros((design.n_folds, design.n_classes), dtype=int)
+    np.add.at(texts, (design.folds[scored], design.labels[scored]), 1)
+    if SCORES[score].kind == "dprime":
+        # the spread of a fold is a standard deviation of the other emotions' texts in it, and the interval leaves folds out
+        usable = ((texts > 0) & (texts.sum(1, keepdims=True) - texts >= 2)).sum(0)
+        if usable.min() < 2:
+            raise ValueError(
+                f"received score={score!r} for folds of which {usable.min()} hold {emotions[int(usable.argmin())]!r} beside two texts of other emotions; "
+                "allowed are 2 or more: add emotions or texts per topic, use fewer folds (n_splits), or another score"
+            )
+    if SCORES[score].kind == "auc":
+        positive = np.array([side is True for side in design.positive])
+        negative = np.array([side is False for side in design.positive])
+        usable = ((texts[:, positive].sum(1) > 0) & (texts[:, negative].sum(1) > 0)).sum()
+        if usable < 2:
+            raise ValueError(
+                f"received score={score!r} for folds of which {usable} hold pleasant and unpleasant texts; allowed are 2 or more: add texts of both "
+                "kinds to each topic, use fewer folds (n_splits), or another score"
+            )
 
 
 def _draw_directions(design: Design, n_draws: int, seed: int) -> Tensor:

@@ -6,7 +6,7 @@ step and give the same tables.
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,9 @@ from lens_affect.activations import Activations, extract_activations
 from lens_affect.adapter import model_info
 from lens_affect.anisotropy import Anisotropy, measure_anisotropy
 from lens_affect.comparison import MethodComparison, compare_methods
-from lens_affect.designs import draw_labellings, make_design
+from lens_affect.designs import Design, draw_labellings, make_design
 from lens_affect.lexical import LexicalBar, lexical_bar
-from lens_affect.localization import LocalizationCurve, check_labels, localize
+from lens_affect.localization import LocalizationCurve, check_design, check_labels, localize
 from lens_affect.nulls import p_text
 from lens_affect.patching import PatchingMap
 from lens_affect.results import Stopwatch, content_hash, load_result, save_result, write_text_atomically
@@ -59,7 +59,7 @@ class SweepSpec(BaseModel):
     stimuli_hash: str = ""
     """Of the texts, labels and groups, by make_spec: a table that was edited since is another run."""
     scores: tuple[str, ...] = ("nearest_mean", "dprime", "valence", "mean_cosine_neutral")
-    """Scores per layer; make_spec leaves out, of the default ones, those that the labels do not allow."""
+    """Scores per layer; make_spec leaves out, of the default ones, those that the labels or the folds do not allow."""
     pooling: str = "mean_without_sinks"
     """Plain means are dominated by single attention-sink tokens in some models (activations.SINK_RATIO)."""
     n_stories: int = Field(default=12, ge=2)
@@ -88,7 +88,7 @@ class SweepSpec(BaseModel):
 def make_spec(**settings: Any) -> SweepSpec:
     """A spec from settings, checked before any long work starts.
 
-    Emotions are those of the stimuli unless named; a default score that the stimuli's labels do not allow is left out, with a warning.
+    Emotions are those of the stimuli unless named; a default score that the stimuli's labels or folds do not allow is left out, with a warning.
 
     Raises:
         ValueError: an unknown key, emotion or score, a number out of range, texts that allow no null or no held-out topics, or no named score.
@@ -113,19 +113,26 @@ def make_spec(**settings: Any) -> SweepSpec:
         spec = spec.model_copy(update={"emotions": tuple(e for e in labels if e != NEUTRAL)})
     texts = _load_selected(spec)  # names unknown emotions now
     spec = spec.model_copy(update={"stimuli_hash": texts.hash})
-    spec = _with_possible_scores(spec, texts, named="scores" in settings)
+    designs = []
     if "comprehension" in spec.methods:
-        _require_design(texts, spec.seed, spec.n_permutations, f"the stimuli {spec.stimuli!r}")
+        designs.append(_require_design(texts, spec.seed, spec.n_permutations, f"the stimuli {spec.stimuli!r}"))
     if "generation" in spec.methods:
-        _require_design(_planned_stories(spec), spec.seed, spec.n_permutations, f"n_stories={spec.n_stories}")
-    return spec
+        designs.append(
+            _require_design(_planned_stories(spec), spec.seed, spec.n_permutations, f"n_stories={spec.n_stories}")
+        )
+    return _with_possible_scores(spec, texts, designs, named="scores" in settings)
 
 
-def _with_possible_scores(spec: SweepSpec, texts: Stimuli, *, named: bool) -> SweepSpec:
+def _with_possible_scores(
+    spec: SweepSpec, texts: Stimuli, designs: Sequence[tuple[Design, tuple[str, ...]]], *, named: bool
+) -> SweepSpec:
+    """Without the default scores that the labels, or the folds of one of the methods, do not allow."""
     reasons: dict[str, str] = {}
     for score in spec.scores:
         try:
             check_labels(score, texts.labels)
+            for design, emotions in designs:
+                check_design(score, design, emotions)
         except ValueError as error:
             reasons[score] = str(error)
     if named and reasons:
@@ -142,11 +149,12 @@ def _planned_stories(spec: SweepSpec) -> Stimuli:
     return Stimuli(emotions, emotions, topics, ("",) * len(cells), ("",) * len(cells))
 
 
-def _require_design(texts: Stimuli, seed: int, n_permutations: int, received: str) -> None:
-    """Folds and relabellings as the curves will ask for them, before anything is read or written."""
+def _require_design(texts: Stimuli, seed: int, n_permutations: int, received: str) -> tuple[Design, tuple[str, ...]]:
+    """Folds and relabellings as the curves will ask for them, before anything is read or written; and the emotions."""
     try:
-        design, _ = make_design(texts, seed=seed)
+        design, emotions = make_design(texts, seed=seed)
         draw_labellings(texts, design, min(n_permutations, 1), seed)
+        return design, emotions
     except ValueError as error:
         raise ValueError(
             f"received {received} with {len(texts.labels)} labels, which allows no curve: {error}"

@@ -330,6 +330,38 @@ def test_valence_needs_pleasant_and_unpleasant_emotions():
         localize(layers(0, [0.0], emotions=("joy", "fear")), score="valence")
 
 
+def test_dprime_needs_two_folds_with_two_texts_of_other_emotions():
+    two = {"score": "dprime", "n_permutations": 0}
+    message = r"received score='dprime' for folds of which 0 hold 'happy' beside two texts of other emotions; allowed are 2 or more"
+    with pytest.raises(ValueError, match=message):
+        localize(layers(0, [1.0], emotions=("sad", "happy")), **two)
+    fewer_folds = localize(layers(0, [1.0], emotions=("sad", "happy")), n_splits=4, **two)
+    assert torch.stack([fewer_folds.low, fewer_folds.values, fewer_folds.high]).isfinite().all()
+    three = layers(0, [1.0], emotions=("sad", "happy", "calm"), n_topics=2)
+    assert localize(three, **two).values.isfinite().all()
+    ungrouped = planted(np.random.default_rng(0).standard_normal((10, 1, 4)), ["sad", "happy"] * 5, list("abcdefghij"))
+    with pytest.raises(ValueError, match="use fewer folds"):
+        localize(ungrouped, **two)
+    assert localize(ungrouped, n_splits=2, **two).to_frame()["low"].notna().all()
+
+
+def test_valence_needs_two_folds_with_both_sides():
+    activations = layers(0, [1.0])
+    sides = {
+        "happy": "01",
+        "calm": "12",
+        "sad": "34",
+        "angry": "45",
+    }  # no topic holds a pleasant and an unpleasant text
+    apart = [
+        i
+        for i, (e, g) in enumerate(zip(activations.stimuli.emotions, activations.stimuli.groups, strict=True))
+        if g[6:] in sides[e]
+    ]
+    with pytest.raises(ValueError, match="received score='valence' for folds of which 0 hold pleasant and unpleasant"):
+        localize(activations.select(rows=apart), score="valence", n_permutations=0)
+
+
 def test_the_neutral_cosine_needs_neutral_texts():
     with pytest.raises(ValueError, match=r"score='mean_cosine_neutral' needs texts labelled 'neutral'"):
         localize(layers(0, [0.0]), score="mean_cosine_neutral")

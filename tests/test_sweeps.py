@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
@@ -19,6 +20,7 @@ from lens_affect import activations, models, sweeps
 from lens_affect.adapter import model_info
 from lens_affect.cli import app
 from lens_affect.nulls import p_text
+from lens_affect.report import write_report
 from lens_affect.stories import MAXIMUM_OVERLAP
 from lens_affect.sweeps import SweepSpec, _claim, load_sweep, make_spec, quick, run_sweep
 from tests.tiny import make_hf_model, make_tokenizer
@@ -375,14 +377,33 @@ def test_a_users_own_labels_are_what_is_read_and_written(tmp_path, caplog):
     mine = own_file(tmp_path / "mine.csv", ("awe", "schadenfreude", "neutral"))
     spec = make_spec(model="nowhere", stimuli=str(mine))
     assert spec.emotions == ("awe", "schadenfreude")  # stories too are about these
-    assert spec.scores == ("nearest_mean", "dprime", "mean_cosine_neutral")
+    assert spec.scores == ("nearest_mean", "mean_cosine_neutral")
     assert "without valence: score='valence' needs pleasant and unpleasant emotions" in caplog.text
+    assert "without dprime: received score='dprime' for folds of which 0 hold 'awe' beside two texts" in caplog.text
     plain = own_file(tmp_path / "plain.csv", ("happy", "sad"))
-    assert make_spec(model="nowhere", stimuli=str(plain)).scores == ("nearest_mean", "dprime", "valence")
+    read = make_spec(model="nowhere", stimuli=str(plain), methods=("comprehension",))
+    assert read.scores == (
+        "nearest_mean",
+        "dprime",
+        "valence",
+    )  # two texts of each per topic; of the stories there is one
+    assert make_spec(model="nowhere", stimuli=str(plain)).scores == ("nearest_mean", "valence")
     with pytest.raises(ValueError, match="needs texts labelled 'neutral'"):
         make_spec(model="nowhere", stimuli=str(plain), scores=("mean_cosine_neutral",))
     chosen = make_spec(model="nowhere", stimuli=str(mine), emotions=("schadenfreude", "awe"))
     assert chosen.emotions == ("schadenfreude", "awe")
+
+
+def test_a_sweep_of_two_emotions_runs_through_with_what_the_default_scores_allow(model_folder, tmp_path, caplog):
+    light = {"n_permutations": 20, "n_stories": 5, "story_tokens": 24, "minimum_story_tokens": 4}
+    spec = make_spec(model=model_folder, emotions=("happy", "sad"), **light)
+    assert spec.scores == ("nearest_mean", "valence", "mean_cosine_neutral")
+    assert "without dprime: " in caplog.text
+    run = run_sweep(spec, tmp_path / "run")
+    assert np.isfinite(run.to_frame().drop(columns=["method", "score", "row"]).to_numpy(float)).all()
+    assert write_report(run).is_file()
+    with pytest.raises(ValueError, match="received score='dprime' for folds"):
+        make_spec(model=model_folder, emotions=("happy", "sad"), scores=("dprime",), **light)
 
 
 def test_texts_that_were_edited_since_are_another_run_and_a_finished_run_keeps_its_own(model_folder, tmp_path):
