@@ -45,6 +45,9 @@ DEFAULT_BATCH_TOKENS = 1024
 SINK_RATIO = 3.0
 """A token is a sink at a layer when its norm exceeds this many times its text's median norm there. In SmolLM2-135M ordinary
 tokens stay below 2.5 and sinks lie between 5 and 180 (" the" in blocks 2 to 8, some first words from block 11 on)."""
+POOLINGS = ("mean", "mean_without_sinks", "last", "midpoint")
+"""Poolings by name; beside them `after:N`."""
+_AFTER = re.compile(r"after:\d+", re.ASCII)
 MINIMUM_COSINE = 0.999
 """bfloat16 is kept only while pooled vectors agree with float32 at least this well."""
 
@@ -257,6 +260,8 @@ def extract_poolings(
         raise ValueError(f"received no sites; allowed are {list(SITES)}")
     if not poolings or len(set(poolings)) != len(poolings):
         raise ValueError(f"received poolings {list(poolings)}; allowed are one or more different ones")
+    for name in poolings:
+        check_pooling(name)
     resolved = [resolve_site(model, name) for name in names]
     chosen = _check_layers(layers, int(model.cfg.n_layers))
     encoded = _encode_all(model, stimuli, own_bos=own_bos, tokens=tokens)
@@ -430,12 +435,25 @@ def _read_all(
                 progress(done, len(encoded))
 
 
+def check_pooling(pooling: str) -> None:
+    """Whether a pooling is known.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if pooling not in POOLINGS and not _AFTER.fullmatch(pooling):
+        allowed = ", ".join(map(repr, POOLINGS))
+        raise ValueError(f"received pooling={pooling!r}; allowed are {allowed} and 'after:N' (N a number)")
+
+
 def _check_layers(layers: Sequence[int] | None, n_layers: int) -> tuple[int, ...]:
     chosen = tuple(range(n_layers)) if layers is None else tuple(layers)
     if not chosen or any(not 0 <= layer < n_layers for layer in chosen):
         raise ValueError(
             f"received layers {list(chosen)}; allowed are 0 to {n_layers - 1} (layer l is the output of block l)"
         )
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"received layers {list(chosen)}; allowed is each layer once: leave out the repeated ones")
     return chosen
 
 
@@ -464,7 +482,6 @@ def _encode_all(
 def _pooling_weights(encoded: Encoded, pooling: str, row: int) -> dict[int, float]:
     """Position -> weight; the weights of a text sum to 1."""
     content = encoded.content
-    after = re.fullmatch(r"after:(\d+)", pooling)
     if pooling == "midpoint":
         # The paper's rule counts tokens after the prompt, special ones too.
         n = encoded.n_text
@@ -478,12 +495,8 @@ def _pooling_weights(encoded: Encoded, pooling: str, row: int) -> dict[int, floa
         positions = content[-1:]
     elif pooling in ("mean", "mean_without_sinks"):
         positions = content
-    elif after:
-        positions = content[int(after.group(1)) :]
     else:
-        raise ValueError(
-            f"received pooling={pooling!r}; allowed are 'mean', 'mean_without_sinks', 'last', 'midpoint' and 'after:N' (N a number)"
-        )
+        positions = content[int(pooling.removeprefix("after:")) :]
     if not positions:
         raise ValueError(
             f"received a text with {len(content)} usable tokens in row {row}; too short for pooling={pooling!r}: leave it out or pool by 'mean'"

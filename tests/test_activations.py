@@ -401,6 +401,11 @@ def test_an_unknown_pooling_is_refused_with_the_allowed_ones(tiny_model, pooling
         extract_activations(tiny_model("llama"), make_stimuli(STORY), pooling=pooling)
 
 
+def test_a_layer_asked_for_twice_is_refused(tiny_model):
+    with pytest.raises(ValueError, match=r"received layers \[1, 0, 1\]; allowed is each layer once"):
+        extract_activations(tiny_model("llama"), make_stimuli(STORY), layers=[1, 0, 1])
+
+
 @pytest.mark.parametrize("layers", [[3], [-1], [0, 7], []])
 def test_an_unknown_layer_is_refused_with_the_allowed_range(tiny_model, layers):
     with pytest.raises(ValueError, match=rf"received layers {re.escape(str(layers))}; allowed are 0 to 2"):
