@@ -101,7 +101,12 @@ def load_model(
         use_bfloat16(
             bridge,
             lambda: load_model(
-                name_or_path, dtype=torch.float32, device=place, revision=revision, trust_remote_code=trust_remote_code
+                name_or_path,
+                dtype=torch.float32,
+                device=place,
+                revision=revision,
+                tokenizer=tokenizer,
+                trust_remote_code=trust_remote_code,
             ),
         )
     return bridge
@@ -117,8 +122,29 @@ def _precision(dtype: torch.dtype | str) -> Any:
     return found
 
 
+def require_known(name_or_path: str | Path) -> None:
+    """Whether a name means a model, without fetching or reading it: a catalogue name, a hub id, or a folder or GGUF file that is there.
+
+    Raises:
+        ValueError: it does not.
+    """
+    name, path = str(name_or_path), Path(name_or_path)
+    if name in CATALOGUE:
+        return
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"received the GGUF file {name!r}, which is not there; check the path")
+    elif not path.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        close = difflib.get_close_matches(name, CATALOGUE, n=1, cutoff=0.4)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"received model {name!r}; allowed are {', '.join(CATALOGUE)}, a hub id (owner/name), a folder or a .gguf file{hint}"
+        )
+
+
 def _locate(name_or_path: str | Path, revision: str | None) -> tuple[str, Provenance]:
     """Folder or hub id to load from, and where it comes from."""
+    require_known(name_or_path)
     name, path = str(name_or_path), Path(name_or_path)
     entry = CATALOGUE.get(name)
     if entry is not None and entry.source == "hub":
@@ -126,17 +152,9 @@ def _locate(name_or_path: str | Path, revision: str | None) -> tuple[str, Proven
     if entry is not None:
         path = fetch(entry)
     elif path.suffix == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"received the GGUF file {name!r}, which is not there; check the path")
         path = converted_gguf(path)
     elif not path.is_dir():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            return name, Provenance(model=name.rsplit("/", maxsplit=1)[-1], source=f"hub: {name}", revision=revision)
-        close = difflib.get_close_matches(name, CATALOGUE, n=1, cutoff=0.4)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(
-            f"received model {name!r}; allowed are {', '.join(CATALOGUE)}, a hub id (owner/name), a folder or a .gguf file{hint}"
-        )
+        return name, Provenance(model=name.rsplit("/", maxsplit=1)[-1], source=f"hub: {name}", revision=revision)
     card = read_card(path)
     facts = Provenance(
         model=card.get("title") or path.name,

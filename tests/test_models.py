@@ -219,6 +219,15 @@ def test_a_pooling_that_survived_bfloat16_is_not_compared_again(saved, bfloat16_
     assert len(restored) == 2
 
 
+def test_the_users_tokenizer_stays_where_bfloat16_is_left_again(tmp_path, bfloat16_pays, monkeypatch):
+    monkeypatch.setattr(activations, "MINIMUM_COSINE", 1.1)
+    make_hf_model("llama").save_pretrained(tmp_path / "weights only")
+    model = load_model(tmp_path / "weights only", tokenizer=make_tokenizer(chat=False))
+    found = extract_activations(model, STIMULI)
+    assert found.provenance.dtype == "float32"
+    assert model.tokenizer.chat_template is None
+
+
 def test_the_doctor_shows_the_parity_that_was_found_before_rounding(saved, bfloat16_pays):
     found = {c.name: c for c in check_model(load_model(saved("llama"))).checks}["logits equal Hugging Face's"]
     assert (found.outcome, found.measured) == ("passed", "in float32, before rounding to bfloat16")
