@@ -69,9 +69,20 @@ def sweep(
     pooling: Annotated[
         str, typer.Option(help="mean, mean_without_sinks, last, midpoint or after:N.")
     ] = "mean_without_sinks",
-    stories: Annotated[int, typer.Option(help="Stories per emotion.")] = 12,
-    story_tokens: Annotated[int, typer.Option(help="Longest story in tokens.")] = 256,
-    permutations: Annotated[int, typer.Option(help="Relabellings behind each null.")] = 1000,
+    stories: Annotated[
+        int | None, typer.Option(help="Stories per emotion; 12 by default, 6 with --quick.", show_default=False)
+    ] = None,
+    story_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest story in tokens; 256 by default, 80 with --quick. The shortest is 64, or this if it is less.",
+            show_default=False,
+        ),
+    ] = None,
+    permutations: Annotated[
+        int | None,
+        typer.Option(help="Relabellings behind each null; 1000 by default, 200 with --quick.", show_default=False),
+    ] = None,
     compare: Annotated[
         bool,
         typer.Option(
@@ -81,7 +92,11 @@ def sweep(
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     quick: Annotated[
-        bool, typer.Option("--quick", help="The demo's size: 6 short stories per emotion, 200 permutations.")
+        bool,
+        typer.Option(
+            "--quick",
+            help="The demo's size: 6 short stories per emotion, 200 permutations, where nothing else is named.",
+        ),
     ] = False,
     out: Annotated[str, typer.Option(help="Folder of the run; runs/MODEL by default.")] = "",
     resume: Annotated[
@@ -92,17 +107,19 @@ def sweep(
 ) -> None:
     """Emotion vectors and localization curves at every layer, and a report that opens in a browser."""
     with reporting_errors():
-        from lens_affect.sweeps import make_spec, run_sweep
-        from lens_affect.sweeps import quick as quick_size
+        from lens_affect.sweeps import QUICK, SweepSpec, make_spec, run_sweep
 
-        settings: dict[str, Any] = {
+        sizes = {"n_stories": stories, "story_tokens": story_tokens, "n_permutations": permutations}
+        settings: dict[str, Any] = QUICK.copy() if quick else {}
+        settings |= {name: size for name, size in sizes.items() if size is not None}
+        if "story_tokens" in settings:
+            shortest = SweepSpec.model_fields["minimum_story_tokens"].default
+            settings["minimum_story_tokens"] = min(shortest, settings["story_tokens"])
+        settings |= {
             "model": model,
             "methods": ("comprehension", "generation") if method is Method.both else (method.value,),
             "stimuli": stimuli,
             "pooling": pooling,
-            "n_stories": stories,
-            "story_tokens": story_tokens,
-            "n_permutations": permutations,
             "compare_methods": compare,
             "seed": seed,
             "dtype": dtype,
@@ -112,7 +129,6 @@ def sweep(
         if score:
             settings["scores"] = tuple(s.strip() for s in score.split(","))
         spec = make_spec(**settings)
-        spec = quick_size(spec) if quick else spec
         folder = Path(out or Path("runs") / Path(model).name)
         with show_progress(quiet or json) as report:
             done = run_sweep(spec, folder, resume=resume, report=report)
@@ -269,7 +285,9 @@ def study(
     spec: Annotated[str, typer.Argument(help="YAML file, such as analyses/specs/jeong2026.yaml.")],
     only: Annotated[str, typer.Option(help="Comma-separated cells; all by default.")] = "",
     out: Annotated[str, typer.Option(help="Folder of the study; runs/NAME by default.")] = "",
-    quick: Annotated[bool, typer.Option("--quick", help="The demo's size for every model.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The demo's size for every model, instead of the file's.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lens_affect.activations import Activations, extract_activations
+from lens_affect.activations import Activations, check_pooling, extract_activations
 from lens_affect.adapter import model_info
 from lens_affect.anisotropy import Anisotropy, measure_anisotropy
 from lens_affect.comparison import MethodComparison, compare_methods
@@ -91,7 +91,7 @@ def make_spec(**settings: Any) -> SweepSpec:
     Emotions are those of the stimuli unless named; a default score that the stimuli's labels or folds do not allow is left out, with a warning.
 
     Raises:
-        ValueError: an unknown key, emotion or score, a number out of range, texts that allow no null or no held-out topics, or no named score.
+        ValueError: an unknown key, emotion, score or pooling, a number out of range, a shortest story longer than the longest, texts that allow no null or no held-out topics, or no named score.
     """
     try:
         spec = SweepSpec(**settings)
@@ -105,6 +105,12 @@ def make_spec(**settings: Any) -> SweepSpec:
         raise ValueError(
             f"received compare_methods=True with methods {list(spec.methods)}; both are needed: leave methods at its default"
         )
+    if spec.minimum_story_tokens > spec.story_tokens:
+        raise ValueError(
+            f"received minimum_story_tokens={spec.minimum_story_tokens} with story_tokens={spec.story_tokens}; no story is at least that long and at "
+            f"most this long: allowed is a minimum of up to {spec.story_tokens}, or longer stories"
+        )
+    check_pooling(spec.pooling)
     unknown = [s for s in spec.scores if s not in SCORES]
     if unknown:
         raise ValueError(f"received scores {unknown}; allowed are {list(SCORES)}")
@@ -161,9 +167,14 @@ def _require_design(texts: Stimuli, seed: int, n_permutations: int, received: st
         ) from error
 
 
+QUICK: dict[str, Any] = {"n_stories": 6, "story_tokens": 80, "story_rounds": 3, "n_permutations": 200}
+"""Settings of the demo's size: 6 stories of 64 to 80 tokens per emotion, 200 permutations."""
+
+
 def quick(spec: SweepSpec) -> SweepSpec:
-    """The demo's size: 6 stories of 64 to 80 tokens per emotion, 200 permutations; everything else as in the full run."""
-    return spec.model_copy(update={"n_stories": 6, "story_tokens": 80, "story_rounds": 3, "n_permutations": 200})
+    """A spec at the demo's size (QUICK), whatever size it had; everything else as in the full run."""
+    shortest = min(spec.minimum_story_tokens, QUICK["story_tokens"])
+    return spec.model_copy(update=QUICK | {"minimum_story_tokens": shortest})
 
 
 @dataclass(frozen=True)
@@ -302,9 +313,13 @@ def run_sweep(
 
     Raises:
         FileExistsError: the folder holds a run and `resume` is False.
-        ValueError: the folder holds a run of another spec.
+        ValueError: the folder holds a run of another spec, or an unknown model's name (before anything is written).
     """
     folder = Path(out)
+    if load is None and not (folder / SPEC).is_file():
+        from lens_affect.models import require_known
+
+        require_known(spec.model)  # a folder that a misspelt name has claimed would refuse the right one
     _claim(folder, spec, resume)
     run = _Run(spec, folder, load or _load_default, report)
     stimuli: dict[str, Stimuli] = {}

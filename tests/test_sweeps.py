@@ -188,18 +188,24 @@ def test_control_c_in_every_step_of_a_sweep_costs_nothing_but_that_step(model_fo
     pd.testing.assert_frame_equal(resumed.to_frame(), finished.to_frame())
 
 
-def test_the_demo_asks_for_six_stories_of_64_tokens_and_200_permutations(monkeypatch):
+@pytest.fixture
+def asked(monkeypatch):
+    """The specs that `lens-affect sweep` would run."""
+    specs = []
+
+    def keep(spec, out, **options):
+        specs.append(spec)
+        raise RuntimeError("kept")
+
+    monkeypatch.setattr(sweeps, "run_sweep", keep)
+    return specs
+
+
+def test_the_demo_asks_for_six_stories_of_64_tokens_and_200_permutations(asked):
     """What `make demo` calls, up to the run itself."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     line = next(row for row in makefile.splitlines() if "$(BIN)/lens-affect sweep" in row)
     arguments = shlex.split(line[line.index("sweep") :])
-    asked = []
-
-    def keep(spec, out, **options):
-        asked.append(spec)
-        raise RuntimeError("kept")
-
-    monkeypatch.setattr(sweeps, "run_sweep", keep)
     done = CliRunner().invoke(app, [*arguments, "--quiet"])
     assert "kept" in done.stderr, done.output
     (spec,) = asked
@@ -210,6 +216,45 @@ def test_the_demo_asks_for_six_stories_of_64_tokens_and_200_permutations(monkeyp
     assert spec.story_tokens >= spec.minimum_story_tokens >= 64
     assert spec.n_permutations == 200
     assert MAXIMUM_OVERLAP <= 0.5
+
+
+def sizes(spec):
+    return spec.n_stories, spec.minimum_story_tokens, spec.story_tokens, spec.story_rounds, spec.n_permutations
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", (12, 64, 256, 4, 1000)),
+        ("--quick", (6, 64, 80, 3, 200)),
+        ("--quick --permutations 1000 --stories 12", (12, 64, 80, 3, 1000)),
+        ("--quick --story-tokens 256", (6, 64, 256, 3, 200)),
+        ("--story-tokens 64", (12, 64, 64, 4, 1000)),
+        ("--story-tokens 40", (12, 40, 40, 4, 1000)),
+    ],
+)
+def test_a_size_that_is_named_wins_and_short_stories_may_be_asked_for(asked, options, expected):
+    CliRunner().invoke(app, ["sweep", "gpt2", "--quiet", *options.split()])
+    assert [sizes(spec) for spec in asked] == [expected]
+
+
+def test_the_quick_size_replaces_any_other_and_can_be_met():
+    small = quick(SweepSpec(model="m", n_stories=20, minimum_story_tokens=100, n_permutations=5000))
+    assert sizes(small) == (6, 80, 80, 3, 200)
+
+
+def test_a_misspelt_model_leaves_the_folder_free_for_the_right_one(tmp_path):
+    for wrong in ("smollm3", str(tmp_path / "missing.gguf")):
+        with pytest.raises(ValueError, match="received"):
+            run_sweep(make_spec(model=wrong, **SMALL), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_taken_up_where_its_model_is_gone(finished, tmp_path):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    spec = finished.spec.model_copy(update={"model": str(tmp_path / "moved")})
+    (tmp_path / "run" / "spec.json").write_text(json.dumps({"hash": spec.hash, "spec": spec.model_dump()}))
+    pd.testing.assert_frame_equal(run_sweep(spec, tmp_path / "run", resume=True).to_frame(), finished.to_frame())
 
 
 class _Stopped(Exception):
@@ -304,6 +349,12 @@ def test_a_folder_with_other_files_is_refused(model_folder, tmp_path):
         ({"scores": ("accuracy",)}, "received scores \\['accuracy'\\]; allowed are"),
         ({"colour": "red"}, "colour.*allowed keys are model, methods"),
         ({"n_stories": 0}, "n_stories = 0"),
+        ({"pooling": "maximum"}, "received pooling='maximum'; allowed are 'mean', .* and 'after:N'"),
+        ({"pooling": "after:x"}, "received pooling='after:x'"),
+        (
+            {"story_tokens": 32},
+            "received minimum_story_tokens=64 with story_tokens=32; .* allowed is a minimum of up to 32",
+        ),
         ({"stimuli": "no_such.csv"}, "allowed are 'passages', 'passages_es', 'passages_zh' or a .csv"),
     ],
 )
