@@ -83,6 +83,11 @@ def load_model(
     if isinstance(name_or_path, str | Path):
         folder, facts = _locate(name_or_path, revision)
         first = torch.float32 if chosen == "auto" else chosen
+        if first == torch.float16 and facts.weights_sha256 is None:
+            # float32 weights that were rounded to float16 have lost the bits that decide how they round to bfloat16
+            whole, tokenizer = _read_folder(folder, torch.bfloat16, revision, trust_remote_code, tokenizer)
+            facts = facts.updated(weights_sha256=parameter_fingerprint(whole))
+            del whole
         hf_model, tokenizer = _read_folder(folder, first, revision, trust_remote_code, tokenizer)
         facts = facts.updated(revision=getattr(hf_model.config, "_commit_hash", None) or revision)
     else:

@@ -2,23 +2,24 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 
 from lens_affect import activations, models
 from lens_affect.activations import extract_activations
-from lens_affect.adapter import model_info, parameter_fingerprint, run_logits
+from lens_affect.adapter import encode, model_info, parameter_fingerprint, run_logits
 from lens_affect.catalogue import FetchError
 from lens_affect.generation import generate
 from lens_affect.models import load_model
 from lens_affect.selfchecks import SelfCheckError, check_model
 from lens_affect.stimuli import Stimuli
 from lens_affect.unwrapping import CHECK
+from lens_affect.vectors import fit_vectors
 from tests.tiny import FAMILIES, make_hf_model, make_tokenizer
 
 STORY = "She read the note twice, folded it along the old crease, and put the kettle on."
@@ -97,10 +98,31 @@ def test_a_folder_named_by_a_string_and_with_a_tokenizer_of_the_users_loads_too(
     assert load_model(str(saved("llama")), dtype=torch.float32, tokenizer=tokenizer).tokenizer.chat_template is None
 
 
-def test_a_peft_model_is_read_through_its_base_model():
-    hf = make_hf_model("llama")
-    peft = SimpleNamespace(get_base_model=lambda: hf)
-    assert load_model(peft, tokenizer=make_tokenizer()).original_model is hf
+def test_a_peft_model_is_read_with_its_adapters():
+    peft = get_peft_model(
+        make_hf_model("llama"), LoraConfig(r=2, target_modules=["q_proj", "gate_proj"], init_lora_weights=False)
+    ).eval()
+    ids = encode(load_model(make_hf_model("llama"), tokenizer=make_tokenizer()), STORY)
+    gates = []
+    handle = (
+        peft.get_base_model()
+        .model.layers[1]
+        .mlp.gate_proj.register_forward_hook(lambda module, inputs, output: gates.append(output))
+    )
+    with torch.no_grad():
+        states = peft(torch.tensor([ids.ids]), output_hidden_states=True).hidden_states
+    handle.remove()
+
+    sites = ("resid_post", "gate")
+    base = extract_activations(load_model(make_hf_model("llama"), tokenizer=make_tokenizer()), STIMULI, sites=sites)
+    found = extract_activations(load_model(peft, tokenizer=make_tokenizer()), STIMULI, sites=sites)
+    content = list(ids.content)
+    for layer in (0, 1):  # Hugging Face gives the last one after the final norm
+        expected = states[layer + 1][0, content].mean(0)
+        torch.testing.assert_close(found.arrays["resid_post"][0, layer], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.arrays["gate"][0, 1], gates[0][0, content].mean(0), rtol=1e-4, atol=1e-5)
+    for site in sites:
+        assert not torch.isclose(found.arrays[site], base.arrays[site], rtol=0.01).all(-1).any()
 
 
 def test_a_tokenizer_without_padding_gets_one():
@@ -151,6 +173,31 @@ def test_float16_reads_and_writes_where_nothing_overflows(saved, exact, family):
     assert torch.cosine_similarity(found.values, fine.values, dim=-1).min() > 0.999
     assert not torch.equal(found.values, fine.values)
     assert generate(half, ["He felt"], max_new_tokens=4).finite == (True,)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_folder_is_one_model_in_every_precision(tmp_path, stored):
+    hf = make_hf_model("llama")
+    with torch.no_grad():  # with values that float16 cannot hold exactly
+        hf.model.embed_tokens.weight[:64] *= torch.logspace(-6, 0, 64)[:, None]
+    folder = save(hf.to(stored), tmp_path / "tiny")
+    models = [load_model(folder, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    assert len({model_info(model).provenance.weights_sha256 for model in models}) == 1
+    assert [model_info(model).provenance.dtype for model in models] == ["float32", "bfloat16", "float16"]
+    vectors = fit_vectors(extract_activations(models[0], STIMULI))
+    for model in models[1:]:
+        assert vectors.project(extract_activations(model, STIMULI)).isfinite().all()
+    in_memory = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
+    same = parameter_fingerprint(in_memory) == model_info(models[0]).provenance.weights_sha256
+    assert same == (stored != torch.float32)
+
+
+def test_a_small_update_is_another_model():
+    before, after = make_hf_model("llama"), make_hf_model("llama")
+    with torch.no_grad():
+        weight = after.model.layers[1].mlp.gate_proj.weight
+        weight += 1e-3 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    assert parameter_fingerprint(before) != parameter_fingerprint(after)
 
 
 def test_a_model_that_overflows_in_float16_is_refused_when_it_is_loaded(tmp_path):
