@@ -258,6 +258,13 @@ def localize(
         Values with a 95 % interval over topics (t on leave-one-topic-out scores; jackknife for d' and cosines), the null, and p-values, pointwise
         and family-wise over all rows.
 
+        How often the intervals hold the expected score was measured on planted data with 12 topics. With 3 emotions (500 data sets each):
+        nearest_mean 0.93 to 0.95 at accuracies of 0.50 to 0.80, but 0.87 at 0.38; d' 0.95 to 0.99 at 0.3 to 3.1; valence 0.99 or more at areas
+        from 0.88 on, but 0.88 at 0.59 and 0.75; mean_cosine_neutral 0.93 to 0.95 at 0.06 to 0.38. With 20 emotions (200 each): nearest_mean 0.96 at
+        accuracies of 0.13 and 0.40; valence 0.89 at an area of 0.61, 0.95 at 0.75; mean_cosine_neutral 0.99. Where little can be told apart,
+        intervals of nearest_mean and valence are thus too short, probably because topics are scored by directions that share their noise; the
+        p-values do not rest on them.
+
     Raises:
         ValueError: an unknown score, one that the labels or the folds do not allow, fewer groups than folds, a class that is missing
             from a training set, too few possible relabellings, or activations kept as moments.

@@ -87,6 +87,8 @@ def test_curves_have_finite_intervals_and_beat_shuffled_labels(name, read):
         assert (table["score"] <= table["high"]).all()
         if score == "nearest_mean":
             assert curve.p_family[curve.row(curve.best_layer)] <= 0.05
+            gap = la.lexical_bar(read(name).stimuli).compare(curve)
+            assert -1 <= gap.low < gap.estimate < gap.high <= 1
     assert CATALOGUE[name].precision in str(curve)
 
 
