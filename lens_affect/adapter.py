@@ -260,7 +260,10 @@ def encode_prompt(
     form = form or form_of(model)
     if form == "chat":
         if form_of(model) != "chat":
-            raise ValueError("received form='chat' for a tokenizer without a chat template; use 'plain' or 'continue'")
+            raise ValueError(
+                "received form='chat' for a tokenizer without a chat template; allowed are 'plain' and 'continue': leave form out, or set "
+                "model.tokenizer.chat_template"
+            )
         return token_ids(model.tokenizer, render_chat(model.tokenizer, prompt)), "template"
     head, bos = _bos_ids(model, own_bos=own_bos)
     return (*head, *token_ids(model.tokenizer, prompt + ("\n\n" if form == "plain" else ""))), bos

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from lens_affect.adapter import LensModel, model_info
+from lens_affect.adapter import LensModel, form_of, model_info
 from lens_affect.generation import generate
 from lens_affect.results import Provenance, Stopwatch, load_result, save_result
 from lens_affect.stimuli import NEUTRAL, PromptSet, Stimuli, load_prompts, named_emotion
@@ -98,7 +98,8 @@ def write_stories(
     """Let a model write distinct stories about emotions.
 
     Story k of every emotion answers template k and takes place at topic k (both in turn), so emotions are crossed with topics
-    just as in the passages. A draw that is empty, short, a refusal, repetitive or a near-copy is drawn again; one that names
+    just as in the passages. Topics are the groups that splits keep together; templates are crossed with emotions as topics are, so
+    stories that share one across folds say nothing of the emotion, and relabelling within topics stays a fair null. A draw that is empty, short, a refusal, repetitive or a near-copy is drawn again; one that names
     its emotion is drawn again too, and kept only if every round named it. A story that no round gives is left out, with a warning.
 
     Args:
@@ -117,12 +118,18 @@ def write_stories(
         progress: called with (stories accepted, stories wanted).
 
     Returns:
-        The stories and the account of all draws.
+        The stories and the account of all draws. A model without a chat template gets plain prompts, with a warning.
 
     Raises:
         ValueError: an unknown emotion form, or an emotion with fewer than FEWEST_STORIES stories after `max_rounds` draws of each.
     """
     clock = Stopwatch()
+    if form_of(model) == "plain":
+        log.warning(
+            "%s has no chat template: it gets each request as plain text with an empty line behind it, which a model that was not "
+            "trained to answer requests may not take up",
+            model_info(model).provenance.title,
+        )
     asked = load_prompts(prompts) if isinstance(prompts, str) else prompts
     slots = _slots(asked, [*emotions, *([NEUTRAL] if neutral else [])], n_stories)
     drawn, form = _Drawn(list(slots), minimum_tokens), "plain"

@@ -72,6 +72,12 @@ def test_a_model_without_chat_template_reads_the_prompt_after_bos_and_an_empty_l
     assert list(found.tokens[1]) == expected[0, ids.shape[1] :].tolist()
 
 
+def test_the_chat_form_is_refused_where_there_is_no_chat_template(tiny_model):
+    message = "received form='chat' for a tokenizer without a chat template; allowed are 'plain' and 'continue': leave form out"
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_model("llama", chat=False), PROMPTS, form="chat", max_new_tokens=2)
+
+
 @pytest.mark.parametrize("family", ["gemma3", "llama"])
 def test_a_sampled_row_does_not_depend_on_the_rows_beside_it(tiny_model, family):
     model, names = tiny_model(family), ["a", "b", "c"]

@@ -73,8 +73,11 @@ def test_the_same_seed_gives_the_same_stories_and_draws_and_another_seed_others(
     assert set(other.stimuli.emotions) == {"happy"}
 
 
-def test_a_tokenizer_without_chat_template_gets_plain_prompts_and_says_so(tiny_model, stories):
+def test_a_tokenizer_without_chat_template_gets_plain_prompts_and_says_so(tiny_model, stories, caplog):
+    write_stories(tiny_model("llama"), ["happy"], n_stories=2, neutral=False, **QUICK)
+    assert "chat template" not in caplog.text
     plain = write_stories(tiny_model("llama", chat=False), ["happy"], n_stories=2, neutral=False, **QUICK)
+    assert caplog.text.count("LlamaForCausalLM has no chat template: it gets each request as plain text") == 1
     assert (plain.form, stories.form) == ("plain", "chat")
     assert "plain prompts" in str(plain)
     assert "28 stories" in str(stories)
