@@ -203,7 +203,7 @@ class Sweep:
     """What text, context, pooling and baseline change; None unless `compare_methods` was asked for."""
 
     def headline(self, method: str) -> str:
-        """The finding of one method as a sentence, with interval, null and the bag-of-words bar."""
+        """The finding of one method as a sentence, with interval, null, the bag-of-words bar, and stories that are missing."""
         curve = (
             self.curves[method, "nearest_mean"]
             if (method, "nearest_mean") in self.curves
@@ -221,7 +221,17 @@ class Sweep:
             f"{curve.provenance.title}, {method}: {curve.n_emotions} emotions are told apart best at layer {curve.best_layer} of "
             f"{len(curve.layer_rows)} (depth {curve.depth[i]:.2f}, 95 % interval {low:.2f} to {high:.2f}), {number}, against {null}"
         )
-        return f"{sentence}; {self.bar_sentence(method)}."
+        return f"{sentence}; {self.bar_sentence(method)}{self._shortfall(method)}."
+
+    def _shortfall(self, method: str) -> str:
+        """How many stories the emotion with the fewest has, where that is less than was asked for."""
+        if method != "generation" or self.stories is None:
+            return ""
+        counts = {emotion: self.stories.stimuli.emotions.count(emotion) for emotion in self.spec.emotions}
+        fewest = min(counts, key=lambda emotion: counts[emotion])
+        if counts[fewest] >= self.spec.n_stories:
+            return ""
+        return f"; not every story could be had: {fewest!r} has the fewest, {counts[fewest]} of {self.spec.n_stories}"
 
     def bar_sentence(self, method: str) -> str:
         """Whether the vectors clear the bag-of-words bar, each topic scored at the layer that is best on the other topics."""

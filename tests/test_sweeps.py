@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,16 @@ def test_the_headline_carries_interval_null_and_bar(finished):
     smallest = p_text(1 / (curve.n_permutations + 1), curve.n_permutations)
     assert smallest.endswith(f"the smallest that {curve.n_permutations} permutations allow")
     assert ("do not clear" in sentence) != ("vectors clear" in sentence)
+
+
+def test_the_headline_tells_where_stories_are_missing(finished):
+    assert "could be had" not in finished.headline("generation")
+    stories = finished.stories
+    sad = [i for i, emotion in enumerate(stories.stimuli.emotions) if emotion == "sad"]
+    kept = stories.stimuli.select(rows=[i for i in range(len(stories.stimuli)) if i != sad[0]])
+    fewer = replace(finished, stories=replace(stories, stimuli=kept))
+    assert fewer.headline("generation").endswith("; not every story could be had: 'sad' has the fewest, 2 of 3.")
+    assert fewer.headline("comprehension") == finished.headline("comprehension")
 
 
 def test_finished_steps_are_not_repeated(finished):
