@@ -4,6 +4,7 @@ import importlib
 import inspect
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,14 @@ def test_every_module_has_a_test_file_of_its_name():
     modules = {path.stem for path in (ROOT / "lens_affect").glob("[a-z]*.py")}
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     assert modules <= tests
+
+
+def test_every_module_has_its_place_in_the_one_way_of_imports():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    placed = [name.strip() for layer in layers for name in layer.split("|")]
+    modules = {f"lens_affect.{path.stem}" for path in (ROOT / "lens_affect").glob("[a-z]*.py")}
+    assert sorted(placed) == sorted(modules)
 
 
 def test_importing_the_package_loads_neither_torch_nor_transformers():
