@@ -16,7 +16,7 @@
 # arXiv:2601.15906 tunes gate_proj alone and reports 96.6 % of the score of the fully tuned model with 24.5 % of its parameters. Three things decide
 # what such a number means: what the untuned model scores (a percentage of a score is high for an arm that learned nothing where the base is good),
 # what `up` and `down` reach, which cost exactly as much, and what attention reaches with as many weights. Here SmolLM2-135M-Instruct learns the 27
-# emotions of GoEmotions through LoRA. The runs are made by `tune_arms.py` (hours); this page reads what is finished.
+# emotions of GoEmotions through LoRA. The runs are made by `tune_arms.py` (hours); this page reads what it has published into `results`.
 
 # %%
 import logging
@@ -32,7 +32,7 @@ import lens_affect as la
 logging.getLogger("lens_affect").addHandler(logging.StreamHandler(sys.stdout))
 QUICK = bool(os.environ.get("LENS_AFFECT_QUICK"))
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
-FIGURES, RUNS = HERE.parent / "figures", Path(os.environ.get("LENS_AFFECT_RUNS", HERE.parent / "runs")) / "tuning"
+FIGURES, RUNS = HERE.parent / "figures", Path(os.environ.get("LENS_AFFECT_RUNS", HERE / "results")) / "tuning"
 MODULES = ("gate", "up", "down", "attention")
 pio.renderers.default = "json" if QUICK else "svg"
 finished = la.load_runs(RUNS)
@@ -187,7 +187,7 @@ pd.DataFrame(rows).T.round(3)
 
 # %%
 for task, title in (("goemotions_shuffled", "shuffled labels"), ("topics", "topics")):
-    runs = together({m: f"{task}-{m}-rank4" for m in ("gate", "up", "attention", "all")})
+    runs = together({m: f"{task}-{m}-rank4" for m in (*MODULES, "all")})
     if "gate" in runs:
         control = la.compare_arms(runs, reference="all")
         print(f"{title}: untuned {control.base:.3f}, n = {control.n_examples}")
@@ -253,21 +253,24 @@ if study:
 study.landing.by_module().round(3) if study else None
 
 # %%
-whole, topics = runs_of("goemotions-all-rank4"), runs_of("topics-all-rank4")
-if whole and topics and not QUICK:
-    delta = la.compare_modules("smollm2-135m-instruct", whole[0], control=topics[0])
+there = (RUNS / "delta" / "goemotions" / "manifest.json").is_file()
+delta = la.ModuleDelta.load(RUNS / "delta" / "goemotions") if there else None
+if delta:
     print(delta)
     save(la.plot_delta(delta, measure="concentration"), "module_delta", delta).show()
     print(delta.by_module().round(4).to_string(index=False), end="\n\n")
-    others = {
-        "another seed": whole[1:2],
-        "topics": topics[:1],
-        "shuffled labels": runs_of("goemotions_shuffled-all-rank4")[:1],
-    }
-    for name, other in others.items():  # do two fine-tunes change a module alike?
-        for run in other:
-            alike = delta.compare(la.compare_modules("smollm2-135m-instruct", run, spectrum=False))
-            print(f"against {name}\n{alike}", end="\n\n")
+
+# %% [markdown]
+# Do two fine-tunes change a module alike? Cosine of the changes, and of their strongest directions the smallest principal angle in degrees and the
+# overlap (mean squared cosine of the angles; `chance` is that of random subspaces). The fine-tune above against the same one from another seed, on
+# topics and on shuffled labels.
+
+# %%
+for name in ("another_seed", "topics", "shuffled_labels"):
+    if (RUNS / "delta" / name / "manifest.json").is_file():
+        alike = la.DeltaAgreement.load(RUNS / "delta" / name)
+        print(f"{name.replace('_', ' ')}\n{alike}")
+        print(alike.by_module().round(4).to_string(index=False), end="\n\n")
 
 # %% [markdown]
 # ## What single modules of the tuned model are worth

@@ -10,9 +10,10 @@ one has. 05_modules.py reads them.
 Blocks: `equal`, equal rank and equal size (SmolLM2-135M-Instruct, GoEmotions, 27 labels, LoRA rank 4 against the gate's number of weights
 at rank 4); `landing`, everything tuned on the control tasks; `parts`, the modules of everything-tuned models scored one by one, and
 `bands`, noise in thirds of their blocks; `topics` of our passages and `shuffled` labels, controls of single modules; `writing`, as `equal` for
-sentences that express an emotion; `rank1`, as `equal` with rank 1; `full`, whole weights; `study`, all that is there about each task as one
-result. Name blocks to run only these, and tasks with --task; `--publish analyses/results` keeps scores and curves where 05_writing.py finds them.
-Learning rates are chosen once per kind of arm (seed 0) and kept in `rates`.
+sentences that express an emotion; `rank1`, as `equal` with rank 1; `full`, whole weights; `delta`, where everything-tuned weights changed and
+whether other fine-tunes changed them alike; `study`, all that is there about each task as one result. Name blocks to run only these, and tasks
+with --task; `--publish analyses/results` keeps everything but weights where the analyses 05_*.py find it. Learning rates are chosen once per
+kind of arm (seed 0) and kept in `rates`.
 """
 
 import argparse
@@ -90,7 +91,9 @@ def campaign() -> list[Job]:
 
     def controls(seed: int) -> list[Job]:
         tasks = {"topics": "topics", "shuffled": "goemotions_shuffled"}
-        return [Job(block, m, seed, task=task) for m in ("gate", "up", "attention") for block, task in tasks.items()]
+        return [
+            Job(block, m, seed, task=task) for m in ("gate", "up", "attention", "down") for block, task in tasks.items()
+        ]
 
     def writing(seed: int) -> list[Job]:
         jobs = [Job("writing", m, seed, task="writing") for m in ("gate", "up", "attention", "all", "down")]
@@ -116,7 +119,7 @@ def campaign() -> list[Job]:
         # at the rate that the rule chose (0.032, by a hair) all three seeds of this arm came apart later on
         jobs.append(Job("rank1", "attention", seed, rank=1, rate=0.008))
     jobs += [Job("full", m, 0, method="full") for m in ("gate", "up", "attention")]
-    return [*jobs, *(Job("study", "all", 0, task=task) for task in STUDIES)]
+    return [*jobs, Job("delta", "all", 0), *(Job("study", "all", 0, task=task) for task in STUDIES)]
 
 
 def options(job: Job, model: Any) -> dict[str, Any]:
@@ -279,12 +282,41 @@ def scan_bands(model: Any, job: Job) -> None:
     print(found)
 
 
+def compare_deltas(model: Any, job: Job) -> None:
+    """Where the weights of an everything-tuned model changed, beside its control, and whether other fine-tunes changed them alike."""
+    whole, topics = finished(f"{job.task}-all-rank{RANK}"), finished(f"topics-all-rank{RANK}")
+    own = [run for run in whole if run.seed == job.seed]
+    if not own or not topics:
+        return
+    place, known = RUNS / "delta", None
+
+    def delta() -> la.ModuleDelta:
+        """Of this session, which still knows its weights."""
+        return known or la.compare_modules(model, own[0], control=topics[0])
+
+    if not (place / job.task / "manifest.json").is_file():
+        known = delta()
+        known.save(place / job.task)
+        print(known)
+    others = {
+        "another_seed": [run for run in whole if run.seed != job.seed],
+        "topics": topics,
+        "shuffled_labels": finished(f"{job.task}_shuffled-all-rank{RANK}"),
+    }
+    for name, runs in others.items():
+        if runs and not (place / name / "manifest.json").is_file():
+            known = delta()
+            alike = known.compare(la.compare_modules(model, runs[0], spectrum=False))
+            alike.save(place / name)
+            print(alike)
+
+
 def study(model: Any, job: Job) -> None:
     """Everything that is there by now about one task, as one result."""
     ranked = {m: finished(f"{job.task}-{m}-rank{RANK}") for m in ("gate", "up", "down", "attention", "all")}
     fitted = {m: finished(f"{job.task}-{m}-size-of-gate-rank{RANK}") for m in ("attention", "random")}
     others = {t: finished(f"{t}-all-rank{RANK}") for t in ("topics", "goemotions_shuffled")}
-    control = {m: finished(f"topics-{m}-rank{RANK}") for m in ("gate", "up", "attention", "all")}
+    control = {m: finished(f"topics-{m}-rank{RANK}") for m in ("gate", "up", "down", "attention", "all")}
     folder, task = RUNS / STUDIES[job.task], task_of(job.task)
     if not ranked["all"]:
         return
@@ -308,20 +340,26 @@ def study(model: Any, job: Job) -> None:
 
 
 def publish(folder: Path) -> None:
-    """Scores, learning curves, costs and studies that there are, without weights: small enough to be kept beside the analyses."""
+    """Everything that there is but weights: scores, curves, costs, rates, studies and deltas, small enough to be kept beside the analyses."""
+
+    def copy(name: str) -> None:
+        if (RUNS / name).is_dir():
+            no_locks = shutil.ignore_patterns("*.lock", ".*")
+            shutil.copytree(RUNS / name, folder / name, dirs_exist_ok=True, ignore=no_locks)
+
     for done in sorted(RUNS.glob("*/done.json")):
-        place = folder / done.parent.name
+        arm = done.parent.name
         light = dataclasses.replace(la.Tuned.load(done.parent / "tuned"), trained={})
-        light.save(place / "tuned", overwrite=True)
-        shutil.copytree(done.parent / "controls", place / "controls", dirs_exist_ok=True)
-    for name in CONTROLS:
-        shutil.copytree(RUNS / "base" / name, folder / "base" / name, dirs_exist_ok=True)
+        light.save(folder / arm / "tuned", overwrite=True)
+        copy(f"{arm}/controls")
+    for name in ("base", "rates", "delta"):
+        copy(name)
     for name in STUDIES.values():
         if (RUNS / name / "transfer" / "manifest.json").is_file():
             la.ModuleStudy.load(RUNS / name).save(folder / name, overwrite=True)
 
 
-NO_ARM = {"parts": score_modules, "bands": scan_bands, "study": study}
+NO_ARM = {"parts": score_modules, "bands": scan_bands, "delta": compare_deltas, "study": study}
 
 
 def main() -> None:

@@ -176,6 +176,14 @@ def test_modules_reads_finished_runs_and_says_when_the_gate_is_special(monkeypat
     assert list(names["tables"]) == ["equal rank, rank 4", "equal size, rank 4"]
 
 
+def test_modules_reads_the_committed_results_by_default(monkeypatch, capsys):
+    monkeypatch.setenv("LENS_AFFECT_QUICK", "1")
+    monkeypatch.delenv("LENS_AFFECT_RUNS", raising=False)
+    names = runpy.run_path(str(ROOT / "analyses" / "05_modules.py"))
+    assert names["RUNS"] == ROOT / "analyses" / "results" / "tuning"
+    assert "equal size, rank 1: the gate is " in capsys.readouterr().out
+
+
 def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(
     few_neutral_texts, monkeypatch, capsys, tmp_path
 ):
@@ -222,14 +230,25 @@ def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(
     monkeypatch.setattr(lens_affect, "tune_module", None, raising=False)  # a second start would fail if it trained
     for job in jobs:
         run(model, job)
+    published = tmp_path / "results" / "tuning"
+    names["publish"](published)
+    files = [path for path in published.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 5e6
+    assert not [path for path in files if path.suffix == ".lock"]
+    assert not any(run.trained for run in lens_affect.load_runs(published).values())
+    for kept in ("rates", "base", "delta", "study/transfer", "study/bands", "goemotions-gate-rank4-seed0/controls"):
+        made = {path.name for path in (tmp_path / "tuning" / kept).iterdir() if path.suffix != ".lock"}
+        assert made
+        assert {path.name for path in (published / kept).iterdir()} == made
+    monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path / "results"))
     runpy.run_path(str(ROOT / "analyses" / "05_modules.py"))
     printed = capsys.readouterr().out
-    assert "33 finished runs" in printed
+    assert "35 finished runs" in printed
     assert "G4, reverted, " in printed
     assert "next-token loss on texts without emotion" in printed
-    names["publish"](tmp_path / "results" / "tuning")
-    assert sum(path.stat().st_size for path in (tmp_path / "results").rglob("*") if path.is_file()) < 5e6
-    monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path / "results"))
+    assert "against the control all tuned on topics, seed 0" in printed
+    assert "shuffled labels\n" in printed
+    assert "output_angle" in printed
     runpy.run_path(str(ROOT / "analyses" / "05_rank_one.py"))
     printed = capsys.readouterr().out
     assert "8 finished runs at rank 1" in printed
