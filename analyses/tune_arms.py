@@ -9,7 +9,7 @@ one has. 05_modules.py reads them.
 
 Blocks: `equal`, equal rank and equal size (SmolLM2-135M-Instruct, GoEmotions, 27 labels, LoRA rank 4 against the gate's number of weights
 at rank 4); `landing`, everything tuned on the control tasks; `parts`, the modules of everything-tuned models scored one by one, and
-`bands`, noise in thirds of their blocks; `topics` of our passages and `shuffled` labels, controls of single modules; `writing`, as `equal` for
+`bands`, noise in thirds of their blocks and in all of them (25 minutes on one core); `topics` of our passages and `shuffled` labels, controls of single modules; `writing`, as `equal` for
 sentences that express an emotion; `rank1`, as `equal` with rank 1; `full`, whole weights; `delta`, where everything-tuned weights changed and
 whether other fine-tunes changed them alike; `study`, all that is there about each task as one result. Name blocks to run only these, and tasks
 with --task; `--publish analyses/results` keeps everything but weights where the analyses 05_*.py find it. Learning rates are chosen once per
@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -257,29 +258,24 @@ def score_modules(model: Any, job: Job) -> None:
 
 
 def scan_bands(model: Any, job: Job) -> None:
-    """Noise in each module of each third of the blocks, at the scales of equal damage over all blocks: affect lost minus language lost."""
-    folder, damage = RUNS / "study" / "bands", RUNS / "study" / "seeds" / f"equal_damage-seed{job.seed}"
-    if (folder / "manifest.json").is_file() or not (damage / "manifest.json").is_file():
-        return
-    scored, task = la.PartScores.load(damage), task_of("goemotions")
-    scales = {
-        arm: float(scale) for arm, scale in zip(scored.arms, scored.scales[:, 0], strict=True) if torch.isfinite(scale)
-    }
-    if not scales:
-        return
-    examples = task.examples("test", n=N_PARTS // 4)
-    with la.tuned_weights(model, la.Tuned.load(RUNS / f"goemotions-all-rank{RANK}-seed{job.seed}" / "tuned")):
-        found = la.scan_ablations(
-            model,
-            arms=list(scales),
-            affect=lambda m: task.score(m, examples).values.double().numpy(),
-            control=lambda m: -la.neutral_loss(m),
-            bands=3,
-            scales=scales,
-            affect_groups=[e.group for e in examples],
-        )
-    found.save(folder)
+    """Noise in each module of each third of the blocks, and of all of them, at equal damage to language: affect lost minus topics lost, sums beside."""
+    folder, whole = RUNS / "study" / "bands", RUNS / f"goemotions-all-rank{RANK}-seed{job.seed}"
+    made = la.AblationTable.load(folder) if (folder / "manifest.json").is_file() else None
+    if not (whole / "done.json").is_file() or (made and math.isfinite(made.target)):
+        return  # a table without a target has scales that were found for all blocks, and is made again
+    task = task_of("goemotions")
+    found = la.scan_bands(
+        *(model, la.Tuned.load(whole / "tuned"), task),
+        control_task=task_of("topics"),
+        other_tasks=[task_of("arithmetic")],
+        target=DAMAGE,
+        examples=task.examples("test", n=N_PARTS // 4),
+        seed=job.seed,
+    )
+    found.save(folder, overwrite=True)
     print(found)
+    for other in ("up", "down", "attention"):
+        print(found.compare("gate", other).round(3).to_string(index=False))
 
 
 def compare_deltas(model: Any, job: Job) -> None:

@@ -88,6 +88,7 @@ if TYPE_CHECKING:
     from lens_affect.models import load_model as load_model
     from lens_affect.module_study import ModuleStudy as ModuleStudy
     from lens_affect.module_study import necessity_sufficiency_efficiency as necessity_sufficiency_efficiency
+    from lens_affect.module_study import scan_bands as scan_bands
     from lens_affect.module_study import study_modules as study_modules
     from lens_affect.module_table import ModuleTable as ModuleTable
     from lens_affect.module_table import compare_arms as compare_arms
@@ -383,6 +384,7 @@ _HOME = {
     "run_sweep": "sweeps",
     "save_figure": "style",
     "scan_ablations": "selectivity",
+    "scan_bands": "module_study",
     "score_parts": "part_scores",
     "score_texts": "scoring",
     "script_entanglement": "crosslingual",

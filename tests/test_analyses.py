@@ -201,7 +201,7 @@ def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(
     asked = names["options"]  # the tiny tokenizer makes some prompts longer than the 32 tokens of the real runs
     run.__globals__.update(options=lambda job, model: asked(job, model) | {"max_tokens": 128, "n_validation": 4})
     monkeypatch.setattr("lens_affect.task_metrics.N_RESAMPLES", 50)
-    monkeypatch.setattr("lens_affect.damage.MOST_TRIALS", 8)
+    monkeypatch.setattr("lens_affect.damage.MOST_TRIALS", 3)
     monkeypatch.setattr(lens_affect, "choose_rate", lambda *a, **k: 0.01, raising=False)
     model = load_model(make_hf_model("llama"), tokenizer=make_tokenizer())
     for job in jobs:
@@ -249,6 +249,8 @@ def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(
     assert "against the control all tuned on topics, seed 0" in printed
     assert "shuffled labels\n" in printed
     assert "output_angle" in printed
+    assert "gate minus attention" in printed
+    assert lens_affect.AblationTable.load(published / "study" / "bands").control_name == "topics"
     runpy.run_path(str(ROOT / "analyses" / "05_rank_one.py"))
     printed = capsys.readouterr().out
     assert "8 finished runs at rank 1" in printed
