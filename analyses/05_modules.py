@@ -291,7 +291,7 @@ if study:
 
 # %%
 if study:
-    for part in (study.control_transfer, study.control_revert):
+    for part in (study.control_transfer, study.control_revert, study.control_equal_damage):
         print(part or "not finished", end="\n\n")
 
 # %% [markdown]

@@ -104,7 +104,7 @@ def campaign() -> list[Job]:
         return [Job("landing", "all", seed, task=task) for task in ("topics", "goemotions_shuffled")]
 
     def parts(seed: int, task: str = "goemotions") -> list[Job]:
-        kinds = ("transfer", "revert") if task == "topics" else KINDS
+        kinds = ("transfer", "revert", "equal_damage") if task == "topics" else KINDS
         return [Job("parts", kind, seed, task=task) for kind in kinds]
 
     def all_equal(seed: int) -> list[Job]:

@@ -39,6 +39,7 @@ PARTS: dict[str, type] = {
     "control": ModuleTable,
     "control_transfer": PartScores,
     "control_revert": PartScores,
+    "control_equal_damage": PartScores,
     "writing": ModuleTable,
     "writing_transfer": PartScores,
     "writing_revert": PartScores,
@@ -76,6 +77,8 @@ class ModuleStudy:
     """As `transfer`, of a model with everything tuned on that task."""
     control_revert: PartScores | None = None
     """As `revert`, of that model."""
+    control_equal_damage: PartScores | None = None
+    """As `equal_damage`, of that model."""
     writing: ModuleTable | None = None
     """Single modules tuned to write affect."""
     writing_transfer: PartScores | None = None
@@ -149,7 +152,7 @@ def study_modules(
         equal_size: the same at equal size; `all` may be the same runs.
         controls: what else everything was tuned on -> runs, for the landing.
         control: arm -> runs on a task without affect.
-        control_task: that task; with it the modules of the control's `all` are transferred and reverted too.
+        control_task: that task; with it the modules of the control's `all` are transferred, reverted and damaged too.
         writing: arm -> runs on writing.
         writing_task: that task, as control_task.
         bands: what scan_ablations found, where it was asked.
@@ -193,7 +196,8 @@ def study_modules(
         if runs:
             others[name] = compare_arms(runs, reference="all")
             if learned is not None and _whole(runs):
-                others |= {f"{name}_{k}": parts(k, learned, _whole(runs), f"{name}_") for k in ("transfer", "revert")}
+                kinds = ("transfer", "revert", "equal_damage") if name == "control" else ("transfer", "revert")
+                others |= {f"{name}_{k}": parts(k, learned, _whole(runs), f"{name}_") for k in kinds}
     study = ModuleStudy(
         equal_rank=compare_arms(equal_rank, reference="all"),
         equal_size=compare_arms(equal_size, reference="all"),

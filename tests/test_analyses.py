@@ -217,7 +217,7 @@ def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(
         study = lens_affect.ModuleStudy.load(tmp_path / "tuning" / folder)
         without = [name for name in study.__dataclass_fields__ if getattr(study, name) is None]
         assert without == ["writing", "writing_transfer", "writing_revert", *missing]
-        assert len(list((tmp_path / "tuning" / folder / "seeds").iterdir())) == len(names["KINDS"]) + 2
+        assert len(list((tmp_path / "tuning" / folder / "seeds").iterdir())) == len(names["KINDS"]) + 3
     weights = {
         job.block: lens_affect.Tuned.load(tmp_path / "tuning" / job.name / "tuned").arm.n_parameters
         for job in jobs
