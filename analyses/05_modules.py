@@ -108,6 +108,17 @@ for rank in (4, 1):
         save(la.plot_retention(pair), f"module_retention_rank{rank}", *pair.values()).show()
 
 # %% [markdown]
+# Does an arm need the larger rank? The share of the gain that each arm keeps at either rank.
+
+# %%
+by_rank = pd.concat({name: table.to_frame().set_index("arm") for name, table in tables.items()}, names=["comparison"])
+by_rank = by_rank.reset_index()
+by_rank[["comparison", "rank"]] = by_rank["comparison"].str.extract(r"(.*), rank (\d+)")
+by_rank.pivot(
+    index=["comparison", "arm"], columns="rank", values=["retention", "retention_low", "retention_high"]
+).round(3)
+
+# %% [markdown]
 # An untuned model prefers a few labels whatever the comment says. Against the same model with these preferences taken out (batch calibration, from
 # the unlabelled comments) the share of the gain is a stricter one.
 
@@ -157,7 +168,7 @@ for rank in (4, 1):
         save(
             la.plot_learning(curves),
             f"module_learning_rank{rank}",
-            *[t for n, t in tables.items() if n == f"equal rank, rank {rank}"],
+            la.LearningCurves(curves, next(iter(runs.values()))[0].provenance),
         ).show()
 
 # %% [markdown]

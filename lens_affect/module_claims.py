@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pandas as pd
+
 from lens_affect.module_study import ModuleStudy
 from lens_affect.module_table import ModuleTable
 from lens_affect.part_scores import PartScores
@@ -51,6 +53,25 @@ def module_rows(study: ModuleStudy) -> list[dict[str, Any]]:
     if study.writing_revert is not None:
         rows.append(_necessary(study.writing_revert, study.control_revert))
     return [*rows, _necessary_at_equal_damage(study.equal_damage, study.control_equal_damage)]
+
+
+def judge_efficiency(
+    table: ModuleTable, control: ModuleTable | None = None, *, source: str = "equal rank"
+) -> pd.Series:
+    """The claim that gate_proj is efficient (G3) by its rule, from a table of arms alone.
+
+    Args:
+        table: of compare_arms, on an affect task.
+        control: the same on a task without affect; without one the claim never holds.
+        source: what is compared, for the row.
+
+    Returns:
+        One row of the scorecard, with the columns of verdicts.COLUMNS.
+
+    Example:
+        >>> judge_efficiency(compare_arms(runs, reference="all"))["verdict"]  # doctest: +SKIP
+    """
+    return pd.Series(_efficient(table, source, control))
 
 
 def special(limits: Limits, margin: float) -> str:

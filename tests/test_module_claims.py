@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from lens_affect.module_claims import MARGIN, module_rows, special
+from lens_affect.module_claims import MARGIN, judge_efficiency, module_rows, special
 from lens_affect.module_table import compare_arms
 from lens_affect.verdicts import COLUMNS, FAILS, HOLDS, OPEN
 from tests.planted_modules import study, table
@@ -117,6 +117,15 @@ def test_a_control_in_which_the_gate_may_be_special_leaves_efficiency_open():
         assert found["G3", "equal rank"] == found["G3", "equal size"] == OPEN
     same = dict.fromkeys(("gate", "up", "attention"), 0.5)
     assert verdicts(study(control=table({**same, "all": 0.6})))["G3", "equal rank"] == HOLDS
+
+
+def test_efficiency_is_judged_from_tables_alone():
+    found = study()
+    row = judge_efficiency(found.equal_rank, found.control)
+    expected = next(r for r in module_rows(found) if r["source"] == "equal rank")
+    assert row.to_dict() == expected
+    assert judge_efficiency(found.equal_rank, source="rank 1")["verdict"] == OPEN
+    assert judge_efficiency(study(gate=0.4, siblings=0.25).equal_rank)["verdict"] == FAILS
 
 
 def test_writing_has_rows_of_its_own():
