@@ -47,7 +47,7 @@ check: .venv/installed-dev
 test-legacy: .venv-legacy/installed
 	HF_HUB_OFFLINE=1 .venv-legacy/bin/python -m pytest -c tests/legacy/pytest.ini --rootdir . tests/legacy
 
-# Also draws figures/. Static images need a Chromium: `apt-get install chromium`, or set BROWSER_PATH. LENS_AFFECT_DATA: see analyses/02. 05_modules reads what analyses/tune_arms.py has made.
+# Also draws figures/. Static images need a Chromium: `apt-get install chromium`, or set BROWSER_PATH. LENS_AFFECT_DATA: see analyses/02. 05_*.py read what analyses/tune_arms.py has published into analyses/results.
 notebooks: .venv/installed-figures
 	cd analyses && PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 ../$(BIN)/jupytext --to notebook --execute 01_layer_sweep.py
 	cd analyses && PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 ../$(BIN)/jupytext --to notebook --execute 02_shape_and_methods.py

@@ -77,6 +77,16 @@ columns = ["arm", "n_parameters", "share_of_parameters", "n_seeds", "score", "lo
 pd.concat({name: table.to_frame()[columns] for name, table in tables.items()}, names=["comparison"]).round(3)
 
 # %% [markdown]
+# ## The claim of efficiency by its rule
+#
+# No task without affect was learned at rank 1, and without one the rule never says that the claim holds; it can say that it does not.
+
+# %%
+for name in ("equal rank", "equal size"):
+    row = la.judge_efficiency(tables[name], source=f"{name}, rank 1")
+    print(f"{row['id']}, {row['source']}: {row['verdict']}. {row['note']}", end="\n\n")
+
+# %% [markdown]
 # ## How they learn
 #
 # Where an arm is early on says more than where it ends.
@@ -84,7 +94,9 @@ pd.concat({name: table.to_frame()[columns] for name, table in tables.items()}, n
 # %%
 curves = la.learning_curves(ranked | {f"{m}, gate's size": runs for m, runs in fitted.items()} | {"attention, rate / 4": comparisons["rate / 4"]["attention"]})  # fmt: skip
 print(curves.round(3).to_string(index=False))
-save(la.plot_learning(curves), "module_learning_rank1", tables["equal rank"]).show()
+save(
+    la.plot_learning(curves), "module_learning_rank1", la.LearningCurves(curves, tables["equal rank"].provenance)
+).show()
 
 # %% [markdown]
 # ## What the same weights do to language and arithmetic

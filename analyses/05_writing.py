@@ -75,7 +75,9 @@ pd.concat({name: table.to_frame()[columns] for name, table in tables.items()}, n
 
 # %%
 curves = la.learning_curves(ranked | {f"{m}, gate's size": runs for m, runs in fitted.items()})
-save(la.plot_learning(curves), "module_learning_writing", tables["equal rank"]).show()
+save(
+    la.plot_learning(curves), "module_learning_writing", la.LearningCurves(curves, tables["equal rank"].provenance)
+).show()
 
 # %% [markdown]
 # ## What they write

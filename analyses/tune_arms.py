@@ -9,10 +9,11 @@ one has. 05_modules.py reads them.
 
 Blocks: `equal`, equal rank and equal size (SmolLM2-135M-Instruct, GoEmotions, 27 labels, LoRA rank 4 against the gate's number of weights
 at rank 4); `landing`, everything tuned on the control tasks; `parts`, the modules of everything-tuned models scored one by one, and
-`bands`, noise in thirds of their blocks; `topics` of our passages and `shuffled` labels, controls of single modules; `writing`, as `equal` for
-sentences that express an emotion; `rank1`, as `equal` with rank 1; `full`, whole weights; `study`, all that is there about each task as one
-result. Name blocks to run only these, and tasks with --task; `--publish analyses/results` keeps scores and curves where 05_writing.py finds them.
-Learning rates are chosen once per kind of arm (seed 0) and kept in `rates`.
+`bands`, noise in thirds of their blocks and in all of them (25 minutes on one core); `topics` of our passages and `shuffled` labels, controls of single modules; `writing`, as `equal` for
+sentences that express an emotion; `rank1`, as `equal` with rank 1; `full`, whole weights; `delta`, where everything-tuned weights changed and
+whether other fine-tunes changed them alike; `study`, all that is there about each task as one result. Name blocks to run only these, and tasks
+with --task; `--publish analyses/results` keeps everything but weights where the analyses 05_*.py find it. Learning rates are chosen once per
+kind of arm (seed 0) and kept in `rates`.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -90,7 +92,9 @@ def campaign() -> list[Job]:
 
     def controls(seed: int) -> list[Job]:
         tasks = {"topics": "topics", "shuffled": "goemotions_shuffled"}
-        return [Job(block, m, seed, task=task) for m in ("gate", "up", "attention") for block, task in tasks.items()]
+        return [
+            Job(block, m, seed, task=task) for m in ("gate", "up", "attention", "down") for block, task in tasks.items()
+        ]
 
     def writing(seed: int) -> list[Job]:
         jobs = [Job("writing", m, seed, task="writing") for m in ("gate", "up", "attention", "all", "down")]
@@ -100,7 +104,7 @@ def campaign() -> list[Job]:
         return [Job("landing", "all", seed, task=task) for task in ("topics", "goemotions_shuffled")]
 
     def parts(seed: int, task: str = "goemotions") -> list[Job]:
-        kinds = ("transfer", "revert") if task == "topics" else KINDS
+        kinds = ("transfer", "revert", "equal_damage") if task == "topics" else KINDS
         return [Job("parts", kind, seed, task=task) for kind in kinds]
 
     def all_equal(seed: int) -> list[Job]:
@@ -116,7 +120,7 @@ def campaign() -> list[Job]:
         # at the rate that the rule chose (0.032, by a hair) all three seeds of this arm came apart later on
         jobs.append(Job("rank1", "attention", seed, rank=1, rate=0.008))
     jobs += [Job("full", m, 0, method="full") for m in ("gate", "up", "attention")]
-    return [*jobs, *(Job("study", "all", 0, task=task) for task in STUDIES)]
+    return [*jobs, Job("delta", "all", 0), *(Job("study", "all", 0, task=task) for task in STUDIES)]
 
 
 def options(job: Job, model: Any) -> dict[str, Any]:
@@ -254,29 +258,53 @@ def score_modules(model: Any, job: Job) -> None:
 
 
 def scan_bands(model: Any, job: Job) -> None:
-    """Noise in each module of each third of the blocks, at the scales of equal damage over all blocks: affect lost minus language lost."""
-    folder, damage = RUNS / "study" / "bands", RUNS / "study" / "seeds" / f"equal_damage-seed{job.seed}"
-    if (folder / "manifest.json").is_file() or not (damage / "manifest.json").is_file():
-        return
-    scored, task = la.PartScores.load(damage), task_of("goemotions")
-    scales = {
-        arm: float(scale) for arm, scale in zip(scored.arms, scored.scales[:, 0], strict=True) if torch.isfinite(scale)
-    }
-    if not scales:
-        return
-    examples = task.examples("test", n=N_PARTS // 4)
-    with la.tuned_weights(model, la.Tuned.load(RUNS / f"goemotions-all-rank{RANK}-seed{job.seed}" / "tuned")):
-        found = la.scan_ablations(
-            model,
-            arms=list(scales),
-            affect=lambda m: task.score(m, examples).values.double().numpy(),
-            control=lambda m: -la.neutral_loss(m),
-            bands=3,
-            scales=scales,
-            affect_groups=[e.group for e in examples],
-        )
-    found.save(folder)
+    """Noise in each module of each third of the blocks, and of all of them, at equal damage to language: affect lost minus topics lost, sums beside."""
+    folder, whole = RUNS / "study" / "bands", RUNS / f"goemotions-all-rank{RANK}-seed{job.seed}"
+    made = la.AblationTable.load(folder) if (folder / "manifest.json").is_file() else None
+    if not (whole / "done.json").is_file() or (made and math.isfinite(made.target)):
+        return  # a table without a target has scales that were found for all blocks, and is made again
+    task = task_of("goemotions")
+    found = la.scan_bands(
+        *(model, la.Tuned.load(whole / "tuned"), task),
+        control_task=task_of("topics"),
+        other_tasks=[task_of("arithmetic")],
+        target=DAMAGE,
+        examples=task.examples("test", n=N_PARTS // 4),
+        seed=job.seed,
+    )
+    found.save(folder, overwrite=True)
     print(found)
+    for other in ("up", "down", "attention"):
+        print(found.compare("gate", other).round(3).to_string(index=False))
+
+
+def compare_deltas(model: Any, job: Job) -> None:
+    """Where the weights of an everything-tuned model changed, beside its control, and whether other fine-tunes changed them alike."""
+    whole, topics = finished(f"{job.task}-all-rank{RANK}"), finished(f"topics-all-rank{RANK}")
+    own = [run for run in whole if run.seed == job.seed]
+    if not own or not topics:
+        return
+    place, known = RUNS / "delta", None
+
+    def delta() -> la.ModuleDelta:
+        """Of this session, which still knows its weights."""
+        return known or la.compare_modules(model, own[0], control=topics[0])
+
+    if not (place / job.task / "manifest.json").is_file():
+        known = delta()
+        known.save(place / job.task)
+        print(known)
+    others = {
+        "another_seed": [run for run in whole if run.seed != job.seed],
+        "topics": topics,
+        "shuffled_labels": finished(f"{job.task}_shuffled-all-rank{RANK}"),
+    }
+    for name, runs in others.items():
+        if runs and not (place / name / "manifest.json").is_file():
+            known = delta()
+            alike = known.compare(la.compare_modules(model, runs[0], spectrum=False))
+            alike.save(place / name)
+            print(alike)
 
 
 def study(model: Any, job: Job) -> None:
@@ -284,7 +312,7 @@ def study(model: Any, job: Job) -> None:
     ranked = {m: finished(f"{job.task}-{m}-rank{RANK}") for m in ("gate", "up", "down", "attention", "all")}
     fitted = {m: finished(f"{job.task}-{m}-size-of-gate-rank{RANK}") for m in ("attention", "random")}
     others = {t: finished(f"{t}-all-rank{RANK}") for t in ("topics", "goemotions_shuffled")}
-    control = {m: finished(f"topics-{m}-rank{RANK}") for m in ("gate", "up", "attention", "all")}
+    control = {m: finished(f"topics-{m}-rank{RANK}") for m in ("gate", "up", "down", "attention", "all")}
     folder, task = RUNS / STUDIES[job.task], task_of(job.task)
     if not ranked["all"]:
         return
@@ -308,20 +336,26 @@ def study(model: Any, job: Job) -> None:
 
 
 def publish(folder: Path) -> None:
-    """Scores, learning curves, costs and studies that there are, without weights: small enough to be kept beside the analyses."""
+    """Everything that there is but weights: scores, curves, costs, rates, studies and deltas, small enough to be kept beside the analyses."""
+
+    def copy(name: str) -> None:
+        if (RUNS / name).is_dir():
+            no_locks = shutil.ignore_patterns("*.lock", ".*")
+            shutil.copytree(RUNS / name, folder / name, dirs_exist_ok=True, ignore=no_locks)
+
     for done in sorted(RUNS.glob("*/done.json")):
-        place = folder / done.parent.name
+        arm = done.parent.name
         light = dataclasses.replace(la.Tuned.load(done.parent / "tuned"), trained={})
-        light.save(place / "tuned", overwrite=True)
-        shutil.copytree(done.parent / "controls", place / "controls", dirs_exist_ok=True)
-    for name in CONTROLS:
-        shutil.copytree(RUNS / "base" / name, folder / "base" / name, dirs_exist_ok=True)
+        light.save(folder / arm / "tuned", overwrite=True)
+        copy(f"{arm}/controls")
+    for name in ("base", "rates", "delta"):
+        copy(name)
     for name in STUDIES.values():
         if (RUNS / name / "transfer" / "manifest.json").is_file():
             la.ModuleStudy.load(RUNS / name).save(folder / name, overwrite=True)
 
 
-NO_ARM = {"parts": score_modules, "bands": scan_bands, "study": study}
+NO_ARM = {"parts": score_modules, "bands": scan_bands, "delta": compare_deltas, "study": study}
 
 
 def main() -> None:

@@ -86,9 +86,12 @@ if TYPE_CHECKING:
     from lens_affect.meaning import foreign_meaning as foreign_meaning
     from lens_affect.meaning import load_emotion_words as load_emotion_words
     from lens_affect.models import load_model as load_model
+    from lens_affect.module_claims import judge_efficiency as judge_efficiency
     from lens_affect.module_study import ModuleStudy as ModuleStudy
     from lens_affect.module_study import necessity_sufficiency_efficiency as necessity_sufficiency_efficiency
+    from lens_affect.module_study import scan_bands as scan_bands
     from lens_affect.module_study import study_modules as study_modules
+    from lens_affect.module_table import LearningCurves as LearningCurves
     from lens_affect.module_table import ModuleTable as ModuleTable
     from lens_affect.module_table import compare_arms as compare_arms
     from lens_affect.module_table import learning_curves as learning_curves
@@ -235,6 +238,7 @@ _HOME = {
     "Judgement": "judgements",
     "Landing": "landing",
     "LayerProjections": "projections",
+    "LearningCurves": "module_table",
     "LexicalBar": "lexical",
     "LocalizationCurve": "localization",
     "MeaningTable": "meaning",
@@ -307,6 +311,7 @@ _HOME = {
     "hit_rate": "task_metrics",
     "join_parts": "part_scores",
     "judge_agreement": "judgements",
+    "judge_efficiency": "module_claims",
     "judge_gate": "gate",
     "judge_names": "judgements",
     "judge_texts": "judgements",
@@ -383,6 +388,7 @@ _HOME = {
     "run_sweep": "sweeps",
     "save_figure": "style",
     "scan_ablations": "selectivity",
+    "scan_bands": "module_study",
     "score_parts": "part_scores",
     "score_texts": "scoring",
     "script_entanglement": "crosslingual",

@@ -33,9 +33,10 @@ _LINEAR = {
 }
 _FUSED = {"self_attn.qkv_proj": ("q", "k", "v"), "attn.c_attn": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.(.+)$")
-_NO_TEXT = re.compile(
+NO_TEXT = re.compile(
     r"(^|\.)(vision\w*|visual|image\w*|audio\w*|speech\w*|multi_modal_projector|mm_projector|connector)\."
 )
+"""Names outside the language model; blocks are numbered there as well."""
 _CAUSAL_MASK = re.compile(r"\.attn\.(masked_)?bias$")  # a buffer in old GPT-2 files, not a bias
 _EMBEDDINGS = {
     "embed_tokens.weight": "embed",
@@ -504,8 +505,8 @@ def find_parts(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any])
 
 
 def _parts_of(raw: str, name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> list[Part]:
-    if _NO_TEXT.search(name):
-        return [_other(raw, name, shape, NO_LAYER, "other", name)]
+    if NO_TEXT.search(name):
+        return [_other(raw, name, shape, NO_LAYER, "other", name.removesuffix(".weight"))]
     for ending, key in _EMBEDDINGS.items():
         if name == ending or name.endswith(f".{ending}"):
             return [_other(raw, key, shape, NO_LAYER, key.partition(".")[0], key)]

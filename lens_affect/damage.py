@@ -140,7 +140,7 @@ def equal_damage(
     means: Mapping[str, Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> EqualDamage:
-    """Find, by bisection, the scale at which each arm's ablation raises the loss by the same amount.
+    """Find the scale at which each arm's ablation raises the loss by the same amount, by interpolation within a shrinking bracket.
 
     Args:
         model: in memory, as for ablate_modules.
@@ -174,7 +174,7 @@ def equal_damage(
 
     rows = []
     for i, arm in enumerate(arms):
-        rows.append(_bisect(lambda scale, arm=arm: rise_at(arm, scale), target, tolerance, how, base is not None))
+        rows.append(_search(lambda scale, arm=arm: rise_at(arm, scale), target, tolerance, how, base is not None))
         if progress:
             progress(i + 1, len(arms))
     intervals = [mean_interval(rise) for _, rise, _, _ in rows]
@@ -197,28 +197,45 @@ def equal_damage(
     )
 
 
-def _bisect(
+def _search(
     rise_at: Callable[[float], np.ndarray], target: float, tolerance: float, how: str, has_base: bool
 ) -> tuple[float, np.ndarray, bool, int]:
     """(scale, rise per text, reached, losses measured)."""
     open_ended = how == "random_equal_norm"
     scale = 0.05 if open_ended and not has_base else 1.0
-    low, high = 0.0, math.inf
-    rise, trials = rise_at(scale), 1
+    low, high = (0.0, 0.0), (math.inf, math.inf)
+    rise, trials, above = rise_at(scale), 1, list[bool]()
     while True:
         mean = float(rise.mean()) if np.isfinite(rise).all() else math.inf
         if abs(mean - target) <= tolerance * target:
             return scale, rise, True, trials
         if trials >= MOST_TRIALS:
             return scale, rise, False, trials
-        low, high = (scale, high) if mean < target else (low, scale)
-        if math.isinf(high):
-            if not open_ended or 2 * scale > LARGEST_SCALE:
-                return scale, rise, False, trials
-            scale = 2 * scale
-        else:
-            scale = (low + high) / 2
+        low, high = ((scale, mean), high) if mean < target else (low, (scale, mean))
+        above.append(mean > target)
+        if math.isinf(high[0]) and (not open_ended or scale >= LARGEST_SCALE):
+            return scale, rise, False, trials
+        # interpolation that keeps falling on one side closes the bracket slowly
+        stuck = not math.isinf(high[0]) and len(above) > 2 and len(set(above[-3:])) == 1
+        scale = sum((low[0], high[0])) / 2 if stuck else _between(low, high, target)
         rise, trials = rise_at(scale), trials + 1
+
+
+def _between(low: tuple[float, float], high: tuple[float, float], target: float) -> float:
+    """Next scale from (scale, rise) on both sides of the target, the rise taken as a power of the scale: a square, as of small noise, where only one
+    side is known."""
+    if math.isinf(high[0]):
+        step = math.sqrt(target / low[1]) if low[1] > 0 else 2.0
+        return min(low[0] * min(max(1.1 * step, 1.1), 4.0), LARGEST_SCALE)
+    middle = (low[0] + high[0]) / 2
+    if math.isinf(high[1]):
+        return middle
+    if low[0] > 0 and low[1] > 0:
+        power = math.log(high[1] / low[1]) / math.log(high[0] / low[0])
+        found = low[0] * (target / low[1]) ** (1 / power)
+    else:
+        found = high[0] * math.sqrt(target / high[1])
+    return found if low[0] < found < high[0] else middle
 
 
 def facts_of(model: Any) -> Provenance:

@@ -63,7 +63,7 @@ class DeltaAgreement:
         return pd.DataFrame({"module": self.modules, "layer": self.layers, **columns})
 
     def by_module(self) -> pd.DataFrame:
-        """One row per module: mean cosine over blocks with low and high, mean overlaps and their chance."""
+        """One row per module: mean cosine over blocks with low and high; means of overlaps, their chance, and smallest angles (degrees)."""
         rows = []
         groups: Any = self.to_frame().groupby("module", sort=False)
         for name, table in groups:
@@ -71,7 +71,8 @@ class DeltaAgreement:
                 mean_interval(table["cosine"].dropna().to_numpy(float)) if table["cosine"].notna().any() else None
             )
             values = (interval.estimate, interval.low, interval.high) if interval else (math.nan,) * 3
-            means = table[["output_overlap", "output_chance", "input_overlap", "input_chance"]].mean()
+            sides = [f"{side}_{what}" for side in ("output", "input") for what in ("overlap", "chance", "angle")]
+            means = table[sides].mean()
             rows.append(
                 {"module": name, **dict(zip(("cosine", "low", "high"), map(float, values), strict=True)), **means}
             )

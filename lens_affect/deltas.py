@@ -347,6 +347,7 @@ def _measure(pair: CheckpointPair, key: str, spectrum: bool) -> dict[str, float 
     change = pair.change(key)
     base = pair.base_weight(key)
     if isinstance(change, LowRank):
+        _require_finite(squared_norm(change.left) + squared_norm(change.right), key)
         values = product_singular_values(change.left, change.right)
         squared = float(values.square().sum())
     else:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_affect.checkpoints import Part, Store, find_parts, folder_store, plain_name
+from lens_affect.checkpoints import NO_TEXT, Part, Store, find_parts, folder_store, plain_name
 from lens_affect.tuned import SCALE, Tuned
 
 CONFIG = "adapter_config.json"
@@ -198,14 +198,22 @@ def _assemble(title: str, source: str | None, base: str | None, config: Mapping[
             raise ValueError(
                 f"received the adapter {title} with A {a_shape} and B {b_shape} for {plain}; allowed are matrices of one rank: save it again"
             )
-        targets[_owner(plain)] = (found["B"], found["A"], _scale(plain, a_shape[0], config, title))
+        owner = _owner(plain)
+        if owner in targets:
+            raise ValueError(
+                f"received the adapter {title} with {targets[owner][0]} and {found['B']}, which both stand for {owner}; allowed is one change of each "
+                "map: merge the adapter and pass the merged folder"
+            )
+        targets[owner] = (found["B"], found["A"], _scale(plain, a_shape[0], config, title))
     # Whole tensors have the shapes of the base's; the fused ones of a family cannot be told apart without its config.
     saved = find_parts(rest, {"model_type": None})
     return Adapter(title, source, base or None, config, targets, saved, store)
 
 
 def _owner(path: str) -> str:
-    """Name of a target as checkpoints.Part.owner has it, such as `layers.3.mlp.gate_proj`."""
+    """Name of a target as checkpoints.Part.owner has it, such as `layers.3.mlp.gate_proj`; whole outside the language model."""
+    if NO_TEXT.search(path):
+        return path
     match = re.search(r"(?:^|\.)(?:layers|h)\.(\d+)\.(.+)$", path)
     if match:
         return f"layers.{int(match[1])}.{match[2]}"

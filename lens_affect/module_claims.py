@@ -2,12 +2,15 @@
 
 All of them say that the gate is special. It is special only if it does more than what costs the same: `up`, `down`, and attention. A difference whose
 95 % interval lies within a stated margin around 0 counts as none, so that a precise draw decides against the claim and a vague one leaves it open.
-What was not measured, or with fewer than three seeds, leaves it open too; what speaks against a claim goes before what speaks for it.
+What was not measured, or with fewer than three seeds, leaves it open too; what speaks against a claim goes before what speaks for it. A gate that is
+special is special for affect only where the same was measured in a task without affect and shown not to be so there: without that no claim holds.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import pandas as pd
 
 from lens_affect.module_study import ModuleStudy
 from lens_affect.module_table import ModuleTable
@@ -49,7 +52,26 @@ def module_rows(study: ModuleStudy) -> list[dict[str, Any]]:
     rows.append(_necessary(study.revert, study.control_revert, study.random_equal_norm))
     if study.writing_revert is not None:
         rows.append(_necessary(study.writing_revert, study.control_revert))
-    return [*rows, _necessary_at_equal_damage(study.equal_damage)]
+    return [*rows, _necessary_at_equal_damage(study.equal_damage, study.control_equal_damage)]
+
+
+def judge_efficiency(
+    table: ModuleTable, control: ModuleTable | None = None, *, source: str = "equal rank"
+) -> pd.Series:
+    """The claim that gate_proj is efficient (G3) by its rule, from a table of arms alone.
+
+    Args:
+        table: of compare_arms, on an affect task.
+        control: the same on a task without affect; without one the claim never holds.
+        source: what is compared, for the row.
+
+    Returns:
+        One row of the scorecard, with the columns of verdicts.COLUMNS.
+
+    Example:
+        >>> judge_efficiency(compare_arms(runs, reference="all"))["verdict"]  # doctest: +SKIP
+    """
+    return pd.Series(_efficient(table, source, control))
 
 
 def special(limits: Limits, margin: float) -> str:
@@ -73,6 +95,11 @@ def _both(special_verdict: str, low: float, high: float, level: float) -> str:
     if special_verdict == FAILS or high < level:
         return FAILS
     return HOLDS if special_verdict == HOLDS and low > level else OPEN
+
+
+def _for_affect(verdict: str, without: Limits) -> str:
+    """What holds must be shown not to hold in a task without affect: not measured there, or vague, leaves it open."""
+    return OPEN if verdict == HOLDS and special(without, MARGIN) != FAILS else verdict
 
 
 def _words(limits: Limits) -> str:
@@ -131,11 +158,16 @@ def _lands(study: ModuleStudy) -> dict[str, Any]:
     }
 
 
+_ONLY_HERE = (
+    "and in a task without affect was shown not to (one of them does more there, or the same within the margin)"
+)
+
+
 def _rule(what: str, level: float, rivals: str) -> str:
     return (
         f"{what}; does not hold if its 95 % interval lies below {level}, or if one of {rivals} does more or the same within {MARGIN} of the gain; holds if the interval "
-        f"lies above {level} and the gate does more than all of them, but not in a task without affect too; undecided otherwise, with fewer than {FEWEST_SEEDS} seeds, or "
-        "where tuning gained nothing for certain"
+        f"lies above {level} and the gate does more than all of them, {_ONLY_HERE}; undecided otherwise, with fewer than {FEWEST_SEEDS} seeds, or where tuning gained "
+        "nothing for certain"
     )
 
 
@@ -164,21 +196,24 @@ def _by_parts(parts: PartScores, words: str, control: PartScores | None = None) 
     shares = {arm: float(table.loc[arm, "share"]) for arm in SIBLINGS if arm in table.index}
     low, high = float(row["share_low"]), float(row["share_high"])
     verdict = _both(special(limits, MARGIN), low, high, MOST) if n_seeds >= FEWEST_SEEDS else OPEN
-    beside = "not compared with a task without affect"
-    if control is not None:
-        without, _ = _part_contrasts(control, float(control.after.mean()) - float(control.before.mean()))
-        beside = f"in {control.title}: {_words(without)}"
-        if verdict == HOLDS and special(without, MARGIN) == HOLDS:
-            verdict = OPEN  # the gate is special, and not for affect
+    without, beside = _without_affect(control)
     return {
         "sound_statistic": float(row["share"]),
         "low": low,
         "high": high,
         "null": _largest(shares),
-        "verdict": verdict,
+        "verdict": _for_affect(verdict, without),
         "note": f"{_nothing(low)}share of the gain of {gain:.3f} in {parts.metric} (null: the best of {', '.join(SIBLINGS)}); {words}, in shares of the gain: {_words(limits)}; "
         f"{n_seeds} seeds; {beside}",
     }, limits
+
+
+def _without_affect(control: PartScores | None) -> tuple[Limits, str]:
+    """The gate against its siblings in a task without affect, and in words."""
+    if control is None:
+        return {}, "not compared with a task without affect"
+    without, n_seeds = _part_contrasts(control, float(control.after.mean()) - float(control.before.mean()))
+    return without, f"in {control.title}: {_words(without)}; {n_seeds} seeds"
 
 
 def _nothing(low: float) -> str:
@@ -188,9 +223,9 @@ def _nothing(low: float) -> str:
 
 def _part_contrasts(parts: PartScores, gain: float) -> tuple[Limits, int]:
     """The gate against its siblings in shares of the gain; and the fewest seeds behind one of them."""
-    table: Any = parts.to_frame().set_index("arm")
     found: dict[str, tuple[float, float, float]] = {}
-    n_seeds = int(table.loc[GATE, "n_seeds"]) if GATE in table.index else 0
+    measured = parts.scores.isfinite().all(dim=2).sum(dim=1).tolist()
+    n_seeds = dict(zip(parts.arms, measured, strict=True)).get(GATE, 0)
     for other in SIBLINGS:
         try:
             d = parts.contrast(GATE, other)
@@ -217,8 +252,7 @@ def _efficient(table: ModuleTable, source: str, control: ModuleTable | None) -> 
         "G3",
         "gate_proj is efficient: tuned alone it keeps what tuning everything reaches",
         "24.5 % of the parameters, 96.6 % of the score",
-        _rule("share of the gain of tuning everything", KEPT, "the other arms")
-        + ", or if the gate is as special in a task without affect",
+        _rule("share of the gain of tuning everything", KEPT, "the other arms"),
         model=table.provenance.title,
         source=source,
         n=table.n_examples,
@@ -230,8 +264,6 @@ def _efficient(table: ModuleTable, source: str, control: ModuleTable | None) -> 
     without = _contrasts(control)[0] if control is not None else {}
     low, high = float(row["retention_low"]), float(row["retention_high"])
     verdict = _both(special(limits, MARGIN), low, high, KEPT) if n_seeds >= FEWEST_SEEDS else OPEN
-    if verdict == HOLDS and special(without, MARGIN) == HOLDS:
-        verdict = OPEN  # the gate is special, and not for affect
     rivals = {arm: float(arms.loc[arm, "retention"]) for arm in limits if arm in arms.index}
     return start | {
         "paper_statistic": float(row["percent_of_tuned"]),
@@ -239,10 +271,14 @@ def _efficient(table: ModuleTable, source: str, control: ModuleTable | None) -> 
         "low": low,
         "high": high,
         "null": _largest(rivals),
-        "verdict": verdict,
+        "verdict": _for_affect(verdict, without),
         "note": f"{_nothing(low)}{float(row['share_of_parameters']):.1%} of the parameters of {table.reference}; share of its gain (null: the best of the other arms); gate minus "
         f"others in shares of the gain: {_words(limits)}; {n_seeds} seeds; paper's statistic: percent of the score of {table.reference}"
-        + (f"; in {control.task}: {_words(without)}" if control is not None and without else ""),
+        + (
+            f"; in {control.task}: {_words(without)}"
+            if control is not None and without
+            else "; not compared with a task without affect"
+        ),
     }
 
 
@@ -288,22 +324,22 @@ def _necessary(parts: PartScores, control: PartScores | None, noise: PartScores 
     return start | found | lost
 
 
-def _necessary_at_equal_damage(parts: PartScores) -> dict[str, Any]:
+def _necessary_at_equal_damage(parts: PartScores, control: PartScores | None) -> dict[str, Any]:
     start = claim_row(
         "G4",
         "gate_proj is necessary: damaging it costs more affect than damaging others",
         "destructive ablation, no number",
         f"score lost when noise in a module raises the loss on neutral text by the same amount; does not hold if through one of {', '.join(SIBLINGS)} more is lost, or the "
-        f"same within {MARGIN} of the gain; holds if more is lost through the gate than through all of them; undecided otherwise, with fewer than {FEWEST_SEEDS} seeds, "
-        "or where no module lost anything for certain",
+        f"same within {MARGIN} of the gain; holds if more is lost through the gate than through all of them, {_ONLY_HERE}; undecided otherwise, with fewer than "
+        f"{FEWEST_SEEDS} seeds, or where no module lost anything for certain",
         model=parts.provenance.title,
         source=f"equal damage, {parts.target:.2f} nats",
         n=len(parts.before),
     )
-    found, limits = _by_parts(parts, "lost with the gate minus with others")
+    found, limits = _by_parts(parts, "lost with the gate minus with others", control)
     if "verdict" in found:
         table: Any = parts.to_frame()
         enough = int(table["n_seeds"].min()) >= FEWEST_SEEDS and bool((table["share_low"] > 0).any())
-        found["verdict"] = special(limits, MARGIN) if enough else OPEN
+        found["verdict"] = _for_affect(special(limits, MARGIN) if enough else OPEN, _without_affect(control)[0])
     lost = _papers_percent(parts, lambda score, after: 100 * (1 - score / after))
     return start | found | lost

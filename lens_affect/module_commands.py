@@ -20,6 +20,9 @@ ScoredTask = Annotated[
     str,
     typer.Option(help="Also score a task of ours (an unknown name lists them), or a table with columns text, label."),
 ]
+ControlTask = Annotated[
+    bool, typer.Option("--control-task", help="The table given as --task is a task without affect.")
+]
 TestRows = Annotated[int, typer.Option("--test", help="Test rows of the task; as many as there are if fewer.")]
 TableFile = Annotated[str, typer.Option(help="CSV file for the table; nothing is kept by default.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
@@ -30,6 +33,10 @@ def delta(
     base: Annotated[str, typer.Argument(help=WEIGHTS_HELP)],
     tuned: Annotated[str, typer.Argument(help=TUNED_HELP)],
     control: Annotated[str, typer.Option(help="A fine-tune of the same base on something that is not affect.")] = "",
+    against: Annotated[
+        str,
+        typer.Option(help="Another fine-tune of the same base: cosine and principal angles between the two changes."),
+    ] = "",
     plan: Annotated[bool, typer.Option("--plan", help="Only say what it takes in memory and time.")] = False,
     norms_only: Annotated[
         bool, typer.Option("--norms-only", help="No singular values: no spectral norm, no effective rank.")
@@ -55,6 +62,11 @@ def delta(
             found = compare_modules(
                 base, tuned, control=control or None, spectrum=not norms_only, any_base=any_base, progress=progress
             )
+        alike = None
+        if against:
+            with show_progress(quiet or json) as report, report("compare with the other one") as progress:
+                other = compare_modules(base, against, spectrum=False, any_base=any_base)
+                alike = found.compare(other, progress=progress)
         page = None
         if out:
             from lens_affect.plotting_modules import plot_delta
@@ -62,13 +74,22 @@ def delta(
 
             found.save(out)
             found.to_frame().to_csv(Path(out) / "delta.csv", index=False)
+            if alike is not None:
+                alike.save(Path(out) / "against")
+                alike.to_frame().to_csv(Path(out) / "against.csv", index=False)
             changed = bool(found.to_frame()["share_of_change"].notna().any())
             page = save_figure(plot_delta(found), Path(out) / "delta-figure", found) if changed else None
         if json:
-            print(found.to_frame().to_json(orient="records", indent=1))
+            table: Any = found.to_frame()
+            if alike is not None:
+                table = table.merge(alike.to_frame(), on=["module", "layer"], how="left")
+            print(table.to_json(orient="records", indent=1))
             return
         print_table(found.by_module().round(4), "Change by module")
         print(found)
+        if alike is not None:
+            print_table(alike.by_module().round(4), f"Beside the change of {against} (angles in degrees)")
+            print(alike)
         for note in found.notes:
             print(f"Note: {note}")
         if page:
@@ -87,6 +108,7 @@ def transfer(
     layers: Blocks = "",
     any_base: AnyBase = False,
     task: ScoredTask = "",
+    control_task: ControlTask = False,
     n_test: TestRows = 512,
     out: TableFile = "",
     quiet: Quiet = False,
@@ -107,7 +129,7 @@ def transfer(
             raise ValueError(
                 "received --layers beside --task; a task is scored with modules of all blocks: leave one out"
             )
-        scored = _task_examples(task, n_test)
+        scored = _task_examples(task, n_test, control_task)
         parts = None
         with show_progress(quiet or json) as report:
             with report("load the base"):
@@ -240,13 +262,13 @@ def _refuse_adapter(model: str) -> None:
         )
 
 
-def _task_examples(name: str, n: int) -> tuple[Any, Any] | None:
+def _task_examples(name: str, n: int, control: bool = False) -> tuple[Any, Any] | None:
     """A task with its test examples; None where none was asked for."""
     if not name:
         return None
     from lens_affect.tasks import load_task
 
-    task = load_task(name)
+    task = load_task(name, affective=False if control else None)
     return task, task.examples("test", n=min(n, len(task.examples("test"))))
 
 
@@ -308,6 +330,7 @@ def tune(
     task: Annotated[
         str, typer.Option(help="A task of ours (an unknown name lists them), or a table with columns text, label.")
     ] = "goemotions",
+    control_task: ControlTask = False,
     modules: Annotated[
         str,
         typer.Option(
@@ -346,7 +369,7 @@ def tune(
         from lens_affect.module_table import compare_arms
         from lens_affect.tuning import run_arms
 
-        learned = _learned_task(task, max_words, shuffled)
+        learned = _learned_task(task, max_words, shuffled, control_task)
         folder = Path(out or Path("runs") / f"{Path(model).name}-tune-{learned.name}")
         with show_progress(quiet or json) as report:
             with report("load the model"):
@@ -377,11 +400,11 @@ def tune(
             print(f"Figure: {page.absolute()}")
 
 
-def _learned_task(name: str, max_words: int, shuffled: bool) -> Any:
+def _learned_task(name: str, max_words: int, shuffled: bool, control: bool) -> Any:
     """A task, or its control with permuted labels."""
     from lens_affect.tasks import ChoiceTask, load_task
 
-    task = load_task(name, max_words=max_words or None)
+    task = load_task(name, max_words=max_words or None, affective=False if control else None)
     if not shuffled:
         return task
     if not isinstance(task, ChoiceTask):
@@ -391,7 +414,7 @@ def _learned_task(name: str, max_words: int, shuffled: bool) -> Any:
 
 def _keep_tables(table: Any, runs: Any, folder: Path) -> list[Path]:
     """Tables and figures beside the runs; the pages of the figures."""
-    from lens_affect.module_table import learning_curves
+    from lens_affect.module_table import LearningCurves, learning_curves
     from lens_affect.plotting_tuning import plot_learning, plot_retention
     from lens_affect.style import save_figure
 
@@ -401,7 +424,7 @@ def _keep_tables(table: Any, runs: Any, folder: Path) -> list[Path]:
     if bool(table.arms["retention"].notna().to_numpy().any()):
         pages.append(save_figure(plot_retention(table), folder / "retention", table))
     if (curves := learning_curves(runs)).size:
-        pages.append(save_figure(plot_learning(curves), folder / "learning", table))
+        pages.append(save_figure(plot_learning(curves), folder / "learning", LearningCurves(curves, table.provenance)))
     return pages
 
 

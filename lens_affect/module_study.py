@@ -3,6 +3,7 @@
 `necessity_sufficiency_efficiency` tunes what has to be tuned and measures the rest; `study_modules` measures runs that are there already.
 """
 
+import dataclasses
 import html
 import math
 import os
@@ -15,12 +16,14 @@ from typing import Any
 from lens_affect.adapter import model_info
 from lens_affect.arms import plan_arm
 from lens_affect.landing import Landing, measure_landing
+from lens_affect.live_weights import EVERYTHING
 from lens_affect.module_table import ModuleTable, compare_arms
 from lens_affect.part_scores import KINDS, PartScores, fingerprint, join_parts, score_parts
-from lens_affect.selectivity import AblationTable
+from lens_affect.selectivity import AblationTable, scan_ablations
 from lens_affect.sizes import module_shapes
 from lens_affect.task_data import Example
 from lens_affect.tasks import Task, examples_hash
+from lens_affect.transfers import transfer_modules
 from lens_affect.tuned import Tuned
 from lens_affect.tuning import arm_size, run_arms, silent
 
@@ -36,6 +39,7 @@ PARTS: dict[str, type] = {
     "control": ModuleTable,
     "control_transfer": PartScores,
     "control_revert": PartScores,
+    "control_equal_damage": PartScores,
     "writing": ModuleTable,
     "writing_transfer": PartScores,
     "writing_revert": PartScores,
@@ -43,6 +47,8 @@ PARTS: dict[str, type] = {
 }
 """Parts of a study, each a folder; those from `control` on may be missing."""
 OPTIONAL = tuple(PARTS)[tuple(PARTS).index("control") :]
+MOST_SCANNED = 256
+"""Examples of each task that a scan of bands scores at most, drawn at random: it scores them once per module and band."""
 Runs = Mapping[str, Sequence[Tuned]]
 Report = Callable[[str], Any]
 
@@ -71,6 +77,8 @@ class ModuleStudy:
     """As `transfer`, of a model with everything tuned on that task."""
     control_revert: PartScores | None = None
     """As `revert`, of that model."""
+    control_equal_damage: PartScores | None = None
+    """As `equal_damage`, of that model."""
     writing: ModuleTable | None = None
     """Single modules tuned to write affect."""
     writing_transfer: PartScores | None = None
@@ -144,7 +152,7 @@ def study_modules(
         equal_size: the same at equal size; `all` may be the same runs.
         controls: what else everything was tuned on -> runs, for the landing.
         control: arm -> runs on a task without affect.
-        control_task: that task; with it the modules of the control's `all` are transferred and reverted too.
+        control_task: that task; with it the modules of the control's `all` are transferred, reverted and damaged too.
         writing: arm -> runs on writing.
         writing_task: that task, as control_task.
         bands: what scan_ablations found, where it was asked.
@@ -188,7 +196,8 @@ def study_modules(
         if runs:
             others[name] = compare_arms(runs, reference="all")
             if learned is not None and _whole(runs):
-                others |= {f"{name}_{k}": parts(k, learned, _whole(runs), f"{name}_") for k in ("transfer", "revert")}
+                kinds = ("transfer", "revert", "equal_damage") if name == "control" else ("transfer", "revert")
+                others |= {f"{name}_{k}": parts(k, learned, _whole(runs), f"{name}_") for k in kinds}
     study = ModuleStudy(
         equal_rank=compare_arms(equal_rank, reference="all"),
         equal_size=compare_arms(equal_size, reference="all"),
@@ -200,6 +209,83 @@ def study_modules(
     if place is not None:
         study.save(place, overwrite=True)
     return study
+
+
+def scan_bands(
+    model: Any,
+    tuned: Any,
+    task: Task,
+    *,
+    control_task: Task,
+    other_tasks: Sequence[Task] = (),
+    arms: Sequence[str] = ARMS,
+    bands: int = 3,
+    target: float = 0.3,
+    examples: Sequence[Example] | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> AblationTable:
+    """Noise in each module of a tuned model, in each band of its blocks and in all of them, each at equal damage to language: what the task loses
+    minus what a control task loses.
+
+    It takes as long as scan_ablations with `target` says.
+
+    Args:
+        model: the base, a bridge in memory; it is as before afterwards.
+        tuned: as for score_parts.
+        task: an affect task.
+        control_task: one without affect, and not the loss on neutral text, which is made equal.
+        other_tasks: further controls.
+        arms: modules.
+        bands: number of bands of blocks.
+        target: rise of the loss on neutral text, nats per token.
+        examples: of the task; at most MOST_SCANNED of its test split by default, as of the other tasks.
+        seed: of the noise.
+        progress: called with (ablations done, ablations in all).
+
+    Raises:
+        ValueError: as scan_ablations.
+
+    Example:
+        >>> scan_bands(model, run, task, control_task=load_task("topics")).compare("gate", "up")  # doctest: +SKIP
+    """
+    chosen = tuple(examples) if examples is not None else _few(task)
+    asked = [(other, _few(other)) for other in (control_task, *other_tasks)]
+    with transfer_modules(model, tuned, modules=EVERYTHING, any_base=True):
+        found = scan_ablations(
+            model,
+            arms=arms,
+            affect=_scoring(task, chosen),
+            control=_scoring(*asked[0]),
+            others={other.name: _scoring(other, some) for other, some in asked[1:]},
+            bands=bands,
+            whole=True,
+            target=target,
+            affect_groups=[e.group for e in chosen],
+            control_groups=[e.group for e in asked[0][1]],
+            others_groups={other.name: [e.group for e in some] for other, some in asked[1:]},
+            control_name=control_task.name,
+            seed=seed,
+            progress=progress,
+        )
+    hashed = examples_hash(task, chosen)
+    return dataclasses.replace(
+        found, tuned=fingerprint(tuned), provenance=found.provenance.updated(stimuli_hash=hashed)
+    )
+
+
+def _few(task: Task) -> tuple[Example, ...]:
+    return task.examples("test", n=min(MOST_SCANNED, len(task.examples("test"))))
+
+
+def _scoring(task: Task, examples: Sequence[Example]) -> Callable[[Any], Any]:
+    """Model in, a task's scores out; high is good."""
+
+    def score(model: Any) -> Any:
+        found = task.score(model, examples, seed=0)
+        return (found.values if found.better == "high" else -found.values).double().numpy()
+
+    return score
 
 
 def _whole(runs: Runs) -> list[Tuned]:
@@ -250,12 +336,16 @@ def _require_same(found: PartScores, folder: Path, asked: Mapping[str, Any]) -> 
         "examples": found.provenance.stimuli_hash,
         "base": found.provenance.weights_sha256,
     }
+    _refuse_other(folder, there, asked)
+    return found
+
+
+def _refuse_other(folder: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     other = [name for name, value in asked.items() if there[name] != value]
     if other:
         raise ValueError(
             f"received {folder}, which holds scores with other {', '.join(other)} than asked for: choose another folder, or delete that one"
         )
-    return found
 
 
 def _transferred(arms: Sequence[str]) -> tuple[str, ...]:
@@ -274,6 +364,7 @@ def necessity_sufficiency_efficiency(
     steps: int = 100,
     n_test: int | None = None,
     target: float = 0.3,
+    bands: int | None = 3,
     folder: str | os.PathLike[str] | None = None,
     report: Report | None = None,
 ) -> ModuleStudy:
@@ -290,6 +381,7 @@ def necessity_sufficiency_efficiency(
         steps: of training.
         n_test: test examples, drawn at random; all by default.
         target: rise of the loss on neutral text for equal damage, nats per token.
+        bands: bands of blocks in which noise in the modules of the first seed's model is scored (scan_bands); None leaves that out.
         folder: where runs and parts are kept; finished ones are read instead of run again.
         report: `report(name)` gives a context manager for one run or part.
 
@@ -327,12 +419,63 @@ def necessity_sufficiency_efficiency(
         control_task=control_task,
         writing=written,
         writing_task=writing_task,
+        bands=_scanned(model, _whole(ranked), task, control_task, chosen, bands, target, place, report),
         arms=chosen,
         examples=task.examples("test", n=n_test) if n_test else None,
         target=target,
         folder=place,
         report=report,
     )
+
+
+def _scanned(
+    model: Any,
+    whole: Sequence[Tuned],
+    task: Task,
+    control_task: Task,
+    arms: tuple[str, ...],
+    bands: int | None,
+    target: float,
+    folder: Path | None,
+    report: Report | None,
+) -> AblationTable | None:
+    """The scan of bands, read where a folder holds it."""
+    if bands is None or not whole:
+        return None
+    saved = folder / "bands" if folder is not None else None
+    if saved is not None and (saved / "manifest.json").is_file():
+        found = AblationTable.load(saved)
+        there = {
+            "arms": tuple(dict.fromkeys(found.arms)),
+            "bands": len(set(found.bands) - {found.bands[-1]}) or 1,
+            "tuned": found.tuned,
+            "target": found.target,
+            "examples": found.provenance.stimuli_hash,
+            "control": found.control_name,
+        }
+        asked = {
+            "arms": arms,
+            "bands": bands,
+            "tuned": fingerprint(whole[0]),
+            "target": target,
+            "examples": examples_hash(task, _few(task)),
+            "control": control_task.name,
+        }
+        _refuse_other(saved, there, asked)
+        return found
+    with (report or silent)(f"noise in {bands} bands of blocks") as progress:
+        found = scan_bands(
+            *(model, whole[0], task),
+            control_task=control_task,
+            arms=arms,
+            bands=bands,
+            target=target,
+            seed=whole[0].seed,
+            progress=progress,
+        )
+    if saved is not None:
+        found.save(saved)
+    return found
 
 
 def _same_size(config: Any, arm: str, rank: int) -> bool:

@@ -53,8 +53,9 @@ def two_way_interval(
     """Mean with an interval that holds for new seeds and new examples.
 
     The variance of the mean is the sum of the variance of seed means over their number and of that of group means (over seeds) over theirs; degrees
-    of freedom after Welch and Satterthwaite. In simulations with 1,000 examples and 3 seeds 92 to 98 % of nominal 95 % intervals hold the truth,
-    whatever part of the variance is between seeds; with 2 seeds only 88 % where seeds differ much. With one seed it holds for that seed only.
+    of freedom after Welch and Satterthwaite. In simulations (200 examples, 1,500 draws) nominal 95 % intervals hold the truth in 97 % where seeds do not
+    differ; where their standard deviation is 2.6 (7) times the standard error over examples, in 93 % (91 %) with 3 seeds, 95 % (93 %) with 5 and only
+    90 % (87 %) with 2. With one seed it holds for that seed only.
 
     Args:
         values: finite values, one row per seed.
@@ -384,6 +385,22 @@ def learning_curves(runs: Mapping[str, Sequence[Tuned]]) -> pd.DataFrame:
     ]
     columns = ["arm", "seed", "step", "train_loss", "validation_loss", "validation_exact"]
     return pd.DataFrame(pd.concat(several, ignore_index=True)[columns]) if several else pd.DataFrame(columns=columns)
+
+
+@dataclass(frozen=True)
+class LearningCurves:
+    """Curves as they are drawn, for the numbers beside a figure (save_figure)."""
+
+    curves: pd.DataFrame
+    """Of learning_curves."""
+    provenance: Provenance
+    """Of the first run."""
+    column: str = "validation_loss"
+    """What is drawn."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """Mean over seeds by arm and step, with the lowest and highest seed: columns arm, step, mean, lowest, highest."""
+        return mean_curve(self.curves, self.column).dropna()
 
 
 def load_runs(folder: str | os.PathLike[str]) -> dict[str, Tuned]:

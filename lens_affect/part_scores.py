@@ -8,6 +8,7 @@ module until language is damaged by a stated amount (`equal_damage`: does the ta
 import contextlib
 import hashlib
 import html
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ from lens_affect.checkpoint_pairs import require_same_base
 from lens_affect.checkpoints import open_checkpoint
 from lens_affect.damage import equal_damage
 from lens_affect.live_weights import EVERYTHING, choose_keys, replaced
-from lens_affect.module_table import TwoWay, two_way_interval, two_way_ratio
+from lens_affect.module_table import POWER, TwoWay, two_way_interval, two_way_ratio
 from lens_affect.results import Provenance, Stopwatch, load_result, save_result
 from lens_affect.sizes import choose_modules
 from lens_affect.task_data import Example
@@ -126,6 +127,16 @@ class PartScores:
         sign = 1.0 if self.kind == "transfer" else -1.0
         return two_way_interval(sign * (one - two)[known], self.groups)
 
+    @property
+    def detectable(self) -> float:
+        """True difference between two arms, in units of the score, that this design sees four times out of five: median over the pairs, NaN without one."""
+        found = []
+        for arm, other in itertools.combinations(self.arms, 2):
+            with contextlib.suppress(ValueError):  # never measured at a common seed
+                found.append(self.contrast(arm, other).detectable)
+        known = [value for value in found if math.isfinite(value)]
+        return float(np.median(known)) if known else math.nan
+
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Save as a folder (see results.py)."""
         return save_result(self, folder, overwrite=overwrite)
@@ -153,7 +164,8 @@ class PartScores:
         return (
             f"{self.provenance.title} on {self.title}: {self.metric} {sign * float(self.before.mean()):.3f} untuned, {sign * float(self.after.mean()):.3f} tuned\n"
             f"{words[self.kind]} (95 %): {told}\n"
-            f"{len(self.before)} examples, {len(self.seeds)} seeds"
+            f"{len(self.before)} examples, {len(self.seeds)} seeds; minimum detectable difference between two arms {self.detectable:.3f} (median, power "
+            f"{POWER:.0%})"
         )
 
     def _told_scores(self, sign: float) -> str:

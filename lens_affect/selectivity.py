@@ -1,15 +1,15 @@
 """Is an ablation selective? Affect lost minus control lost, each in SDs of the unablated model's scores, with an interval over examples.
 
-Scores come from the caller, one per example and the higher the better, so that any task will do. Layers are scanned in bands. A comparison of the gate
-with a sibling refuses what cannot tell them apart.
+Scores come from the caller, one per example and the higher the better, so that any task will do. Layers are scanned in bands. Modules are compared
+where every one of them does equal damage in its band (`target`), by a control that is not the loss by which the damage was made equal. A comparison
+of the gate with a sibling refuses what cannot tell them apart.
 """
 
-import contextlib
 import html
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lens_affect.ablations import ONE_FUNCTION, ablate_modules
 from lens_affect.checkpoints import open_checkpoint
-from lens_affect.damage import facts_of
+from lens_affect.damage import Loss, equal_damage, facts_of, neutral_loss
 from lens_affect.results import Provenance, Stopwatch, load_result, save_result
 from lens_affect.sizes import choose_modules
 
@@ -52,7 +52,7 @@ class AblationTable:
     bands: tuple[str, ...]
     """Blocks of each arm, by name."""
     scales: Float[Tensor, " arm"]
-    """Scale of each ablation."""
+    """Scale of each ablation; NaN where equal damage was asked for and not reached, and so are its scores."""
     affect: Float[Tensor, "arm example"]
     """Affect scores under each arm."""
     control: Float[Tensor, "arm control_example"]
@@ -71,29 +71,60 @@ class AblationTable:
     """Of random weights."""
     provenance: Provenance
     """Of the model."""
+    control_name: str = "control"
+    """What the control is."""
+    target: float = math.nan
+    """Rise of the loss to which every ablation was brought, nats per token; NaN where scales were given."""
+    rises: Float[Tensor, " arm"] | None = None
+    """Rise of the loss through each ablation, nats per token (the most that was tried where the target was not reached); None where scales were given."""
+    others: dict[str, Float[Tensor, "arm _"]] = field(default_factory=dict)
+    """Scores of further controls under each arm, by name."""
+    others_before: dict[str, Float[Tensor, " _"]] = field(default_factory=dict)
+    """The same of the model as it is."""
+    others_groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Group of each of their examples."""
+    tuned: str = ""
+    """Which fine-tune was ablated, as in PartScores.tuned; empty where that was not said."""
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per arm: arm, band, how, scale, affect_loss, control_loss and selectivity (in SDs of the scores before) with low and high, n, n_control."""
-        parts = self._parts()
-        rows = []
-        for i, arm in enumerate(self.arms):
-            weights = np.zeros(len(self.arms))
-            weights[i] = 1.0
-            estimate, low, high = _contrast(parts, weights)
-            losses = [float(part[0][i]) for part in parts]
-            rows.append([arm, self.bands[i], self.how, float(self.scales[i]), *losses, estimate, low, high])
-        columns = ["arm", "band", "how", "scale", "affect_loss", "control_loss", "selectivity", "low", "high"]
-        found = pd.DataFrame(rows, columns=columns)
-        return found.assign(n=len(self.affect_before), n_control=len(self.control_before))
+        """One row per arm: arm, band, how, scale, affect_loss, control_loss and selectivity (in SDs of the scores before) with low and high, n, n_control;
+        at equal damage also rise; for each further control also NAME_loss, NAME_selectivity, NAME_low, NAME_high, n_NAME."""
+        found = pd.DataFrame({"arm": self.arms, "band": self.bands, "how": self.how, "scale": self.scales.numpy()})
+        names = ("affect_loss", "control_loss", "selectivity", "low", "high")
+        found = found.assign(**dict(zip(names, self._columns(), strict=True)))
+        found = found.assign(n=len(self.affect_before), n_control=len(self.control_before))
+        if self.rises is not None:
+            found["rise"] = self.rises.numpy()
+        for name, before in self.others_before.items():
+            columns = [f"{name}_{what}" for what in ("loss", "selectivity", "low", "high")]
+            found = found.assign(**dict(zip(columns, self._columns(name)[1:], strict=True)))
+            found[f"n_{name}"] = len(before)
+        return found
 
-    def _parts(self) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    def _columns(self, control: str | None = None) -> list[np.ndarray]:
+        """Affect lost, control lost, selectivity, low, high; by arm."""
+        parts = self._parts(control)
+        limits = [_contrast(parts, weights) for weights in np.eye(len(self.arms))]
+        return [parts[0][0], parts[1][0], *np.array(limits).T]
+
+    def _parts(self, control: str | None = None) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        if control is None:
+            before, after, groups = self.control_before, self.control, self.control_groups
+        else:
+            before, after, groups = self.others_before[control], self.others[control], self.others_groups[control]
         return (
             _standard_losses(
                 self.affect_before.double().numpy(), self.affect.double().numpy(), np.array(self.affect_groups)
             ),
-            _standard_losses(
-                self.control_before.double().numpy(), self.control.double().numpy(), np.array(self.control_groups)
-            ),
+            _standard_losses(before.double().numpy(), after.double().numpy(), np.array(groups)),
+        )
+
+    @property
+    def missed(self) -> tuple[str, ...]:
+        """Arms, with their blocks, whose ablation cannot do the damage that was asked for."""
+        lost = [not math.isfinite(scale) for scale in self.scales.tolist()]
+        return tuple(
+            f"{arm} in blocks {band}" for arm, band, is_lost in zip(self.arms, self.bands, lost, strict=True) if is_lost
         )
 
     def compare(self, first: str, second: str) -> pd.DataFrame:
@@ -142,16 +173,25 @@ class AblationTable:
         table: Any = self.to_frame()
         head = (
             f"{self.provenance.title}: {len(self.arms)} ablations by {self.how}, {len(self.affect_before)} affect and {len(self.control_before)} "
-            "control examples"
+            f"{self.control_name} examples (mean scores {float(self.affect_before.mean()):.2f} and {float(self.control_before.mean()):.2f} before)"
         )
+        if math.isfinite(self.target):
+            lost = ", ".join(self.missed)
+            head += f"; each raises the loss by {self.target:.2f} nats per token" + f", not reached: {lost}" * bool(
+                lost
+            )
         if self.how == "zero":
             return f"{head}; zeroing gate, up or down is one function, so no arm is named"
         if table["selectivity"].isna().all():
-            return f"{head}; no selectivity (scores without spread)"
+            return f"{head}; no selectivity (scores without spread, or no damage as large as was asked for)"
         best: Any = table.loc[table["selectivity"].idxmax()]
         return (
-            f"{head}\nmost selective: {best['arm']} in blocks {best['band']}, affect lost minus control lost = {best['selectivity']:.2f} "
-            f"[{best['low']:.2f}, {best['high']:.2f}] SD (affect {best['affect_loss']:.2f}, control {best['control_loss']:.2f})"
+            f"{head}\nmost selective: {best['arm']} in blocks {best['band']}, affect lost minus {self.control_name} lost = {best['selectivity']:.2f} "
+            f"[{best['low']:.2f}, {best['high']:.2f}] SD (affect {best['affect_loss']:.2f}, {self.control_name} {best['control_loss']:.2f})"
+            + "".join(
+                f"; minus {name} lost {best[f'{name}_selectivity']:.2f} [{best[f'{name}_low']:.2f}, {best[f'{name}_high']:.2f}]"
+                for name in self.others_before
+            )
         )
 
     def _repr_html_(self) -> str:
@@ -178,10 +218,11 @@ def _contrast(
     parts: tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]], weights: Float[np.ndarray, " arm"]
 ) -> tuple[float, float, float]:
     """Affect minus control of a weighted sum of arms, with a t interval from two delete-one-group jackknives (the two sets are independent)."""
-    estimate = float(parts[0][0] @ weights - parts[1][0] @ weights)
+    named = weights != 0  # an arm that was not measured must not reach the others
+    estimate = float((parts[0][0] - parts[1][0])[named] @ weights[named])
     variance, degrees = 0.0, 0.0
     for _, without in parts:
-        n, values = len(without), without @ weights
+        n, values = len(without), without[:, named] @ weights[named]
         if n < 2:
             return estimate, math.nan, math.nan
         own = (n - 1) / n * float(((values - values.mean()) ** 2).sum())
@@ -200,29 +241,50 @@ def scan_ablations(
     arms: Sequence[str],
     affect: Score,
     control: Score,
+    others: Mapping[str, Score] | None = None,
     bands: Mapping[str, Sequence[int]] | int = 1,
+    whole: bool = False,
     how: str = "random_equal_norm",
     base: Any = None,
-    scales: Mapping[str, float] | float = 1.0,
+    scales: Mapping[str, float] | float | None = None,
+    target: float | None = None,
+    loss: Loss = neutral_loss,
+    tolerance: float = 0.05,
     affect_groups: Sequence[str] | None = None,
     control_groups: Sequence[str] | None = None,
+    others_groups: Mapping[str, Sequence[str]] | None = None,
+    control_name: str = "control",
     seed: int = 0,
     means: Mapping[str, Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> AblationTable:
-    """Ablate each arm in each band of blocks, and score affect and control every time.
+    """Ablate each arm in each band of blocks, and score affect and controls every time.
+
+    With `target` each arm's scale is found anew in each band, so that every ablation does equal damage; one that cannot is NaN, and said. What that
+    takes: per band one loss, per arm and band four or five more as a rule (damage.MOST_TRIALS at most) and one scoring of affect and of each control.
+    SmolLM2-135M on one core: 10 s per loss, and 45 s for 192 comments of GoEmotions, 177 sentences by topic and 100 sums, so 25 minutes for four arms
+    in three bands and the whole model.
+
+    A control that stands near chance has little to lose, so a selectivity above 0 alone says little; `compare` asks whether one arm's is larger.
 
     Args:
         model: in memory, as for ablate_modules.
         arms: modules of each arm, such as `gate`, `up`, `attention`.
         affect: model in, one affect score per example out; the higher the better.
-        control: the same for what is not affect, such as minus the next-token loss of neutral texts.
+        control: the same for what is not affect, such as a task without affect. Not `loss`, if `target` is given: that is equal by construction.
+        others: further controls by name, such as arithmetic.
         bands: names with their 0-based blocks, or a number of equal bands (layer_bands).
+        whole: also all blocks at once.
         how: as for ablate_modules.
         base: as for ablate_modules.
-        scales: of the ablation: one for all, or one per arm, such as `equal_damage(...).scale_of`.
+        scales: of the ablation: one for all (1 by default), or one per arm.
+        target: instead of scales, rise of `loss` to which each arm is brought in each band (equal_damage), nats per token.
+        loss: model in, one loss per text out, for `target`.
+        tolerance: as for equal_damage.
         affect_groups: group of each affect example, for intervals; each by itself by default.
         control_groups: the same for the control.
+        others_groups: the same for further controls, by name.
+        control_name: what the control is, for what is printed.
         seed: of random weights.
         means: of mean_outputs, for `mean`.
         progress: called with (ablations done, ablations in all).
@@ -231,50 +293,78 @@ def scan_ablations(
         The table.
 
     Raises:
-        ValueError: no arm, an arm without a scale, scores of changing length or that are not finite, or as ablate_modules.
+        ValueError: no arm, an arm without a scale, scales beside a target, scores of changing length or that are not finite, or as ablate_modules.
     """
     watch = Stopwatch()
-    chosen = layer_bands(open_checkpoint(model).n_layers, bands) if isinstance(bands, int) else dict(bands)
+    n_layers = open_checkpoint(model).n_layers
+    chosen = layer_bands(n_layers, bands) if isinstance(bands, int) else dict(bands)
+    chosen = chosen | (layer_bands(n_layers, 1) if whole else {})
     missing = [arm for arm in arms if isinstance(scales, Mapping) and arm not in scales]
-    if not arms or not chosen or missing:
+    if not arms or not chosen or missing or (scales is not None and target is not None):
         raise ValueError(
-            f"received the arms {list(arms)} in {len(chosen)} bands, without a scale for {missing}; allowed are arms with a scale each "
-            "(equal_damage leaves out what does not reach its target)"
+            f"received the arms {list(arms)} in {len(chosen)} bands, without a scale for {missing}"
+            f"{' and a target beside scales' if target is not None and scales is not None else ''}; allowed are arms with a scale each "
+            "(equal_damage leaves out what does not reach its target), or a target without scales"
         )
-    before = [_scored(score, model, name) for score, name in ((affect, "affect"), (control, "control"))]
+    scores = {"affect": affect, control_name: control, **(others or {})}
+    given = {"affect": affect_groups, control_name: control_groups, **(others_groups or {})}
+    if len(scores) != 2 + len(others or {}):
+        raise ValueError(f"received controls named {[control_name, *(others or {})]}; allowed are different names")
+    before = {name: _scored(score, model, name) for name, score in scores.items()}
+    groups = {name: _groups(given.get(name), scored, name) for name, scored in before.items()}
+    options: dict[str, Any] = {"how": how, "base": base, "seed": seed, "means": means}
     cells = [(arm, band) for band in chosen for arm in arms]
-    after: list[list[Tensor]] = [[], []]
-    used = [scales[arm] if isinstance(scales, Mapping) else scales for arm, _ in cells]
-    for i, ((arm, band), scale) in enumerate(zip(cells, used, strict=True)):
-        with contextlib.ExitStack() as inside:
-            options = {"how": how, "base": base, "scale": float(scale), "seed": seed, "means": means}
-            inside.enter_context(ablate_modules(model, modules=arm, layers=tuple(chosen[band]), **options))
-            for k, (score, name) in enumerate(((affect, "affect"), (control, "control"))):
-                after[k].append(_scored(score, model, name, len(before[k])))
+    after: dict[str, list[Tensor]] = {name: [] for name in scores}
+    used, rises = [], []
+    for i, (arm, band) in enumerate(cells):
+        blocks = tuple(chosen[band])
+        if target is None:
+            used.append(float(scales[arm] if isinstance(scales, Mapping) else 1.0 if scales is None else scales))
+        elif not i % len(arms):  # the first arm of a band
+            asked = {"layers": blocks, "loss": loss, "tolerance": tolerance, **options}
+            damage = equal_damage(model, arms=arms, target=target, **asked)
+            used += damage.scales.tolist()
+            rises += damage.rise.tolist()
+        scale = used[i]
+        if math.isnan(scale):
+            for name, scored in before.items():
+                after[name].append(torch.full_like(scored, math.nan))
+        else:
+            with ablate_modules(model, modules=arm, layers=blocks, scale=scale, **options):
+                for name, score in scores.items():
+                    after[name].append(_scored(score, model, name, len(before[name])))
         if progress:
             progress(i + 1, len(cells))
-    groups = [
-        tuple(map(str, given if given is not None else range(len(scores))))
-        for given, scores in ((affect_groups, before[0]), (control_groups, before[1]))
-    ]
-    if any(len(g) != len(b) for g, b in zip(groups, before, strict=True)):
-        raise ValueError(
-            f"received groups of {[len(g) for g in groups]} examples for {[len(b) for b in before]} scores; allowed is one each"
-        )
+    further = list(others or {})
     return AblationTable(
         arms=tuple(arm for arm, _ in cells),
         bands=tuple(band for _, band in cells),
         scales=torch.tensor(used, dtype=torch.float32),
-        affect=torch.stack(after[0]),
-        control=torch.stack(after[1]),
-        affect_before=before[0],
-        control_before=before[1],
-        affect_groups=groups[0],
-        control_groups=groups[1],
+        affect=torch.stack(after["affect"]),
+        control=torch.stack(after[control_name]),
+        affect_before=before["affect"],
+        control_before=before[control_name],
+        affect_groups=groups["affect"],
+        control_groups=groups[control_name],
         how=how,
         seed=seed,
         provenance=facts_of(model).updated(seed=seed, elapsed_seconds=watch.seconds),
+        control_name=control_name,
+        target=math.nan if target is None else target,
+        rises=None if target is None else torch.tensor(rises, dtype=torch.float32),
+        others={name: torch.stack(after[name]) for name in further},
+        others_before={name: before[name] for name in further},
+        others_groups={name: groups[name] for name in further},
     )
+
+
+def _groups(given: Sequence[str] | None, scored: Float[Tensor, " example"], name: str) -> tuple[str, ...]:
+    found = tuple(map(str, given if given is not None else range(len(scored))))
+    if len(found) != len(scored):
+        raise ValueError(
+            f"received groups of {len(found)} {name} examples for {len(scored)} scores; allowed is one each"
+        )
+    return found
 
 
 def _scored(score: Score, model: Any, name: str, n: int | None = None) -> Float[Tensor, " example"]:

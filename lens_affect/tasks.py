@@ -510,6 +510,7 @@ def load_task(
     scoring: str = "likelihood",
     max_words: int | None = None,
     judge: Judge | None = None,
+    affective: bool | None = None,
 ) -> ChoiceTask | AnswerTask | TextTask | WritingTask:
     """Load a task.
 
@@ -518,16 +519,21 @@ def load_task(
         scoring: of a choice: `likelihood`, `first_token` or `generation`.
         max_words: longest text of GoEmotions and MELD.
         judge: of `writing`; the embedded one by default.
+        affective: whether a table is an affect task (by default) or a control; of `TASKS` that is known.
 
     Raises:
-        ValueError: an unknown name, or a table with one label only.
+        ValueError: an unknown name, a table with one label only, or `affective` for one of `TASKS`.
         FileNotFoundError: MELD without LENS_AFFECT_DATA, or GoEmotions without that and without the hub.
 
     Example:
         >>> load_task("arithmetic").title
         'sums and differences up to 20 (control)'
     """
-    key, title = str(name), TASKS.get(str(name), Path(name).stem)
+    key, title = str(name), TASKS.get(str(name), Path(name).stem + " (control)" * (affective is False))
+    if affective is not None and key in TASKS:
+        raise ValueError(
+            f"received affective={affective} for {key!r}; allowed is that for a table of your own: leave it out"
+        )
     choose = functools.partial(_choice, key if key in TASKS else Path(name).stem, title, scoring)
     match key:
         case "goemotions" | "goemotions6":
@@ -548,7 +554,7 @@ def load_task(
             return _writing(key, title, judge or _default_judge(), max_words)
         case _:
             path = task_data.require_table(name, list(TASKS))
-            return choose(True, task_data.table_examples(path), "Label")
+            return choose(affective is not False, task_data.table_examples(path), "Label")
 
 
 def _choice(

@@ -142,8 +142,18 @@ def _require_known(pair: CheckpointPair, keys: Sequence[str]) -> None:
     partial = [key for key in keys if key in pair.rows]
     lost = [] if not isinstance(pair.tuned, Checkpoint) else [key for key in keys if key not in pair.keys]
     if partial or lost:
+        key, there = (partial + lost)[0], getattr(pair.tuned, "parts", {})
+        # what is there, and was left out all the same: rows that stand for other tokens
+        moved = key in there or (key == "unembed" and "embed" in there)
+        why = (
+            "has other rows in"
+            if partial
+            else "has rows of other tokens (their ids differ) in"
+            if moved
+            else "is not in"
+        )
         raise ValueError(
-            f"received {(partial + lost)[0]}, which {'has other rows' if partial else 'is not'} in {pair.tuned.title}; allowed are tensors that both "
+            f"received {key}, which {why} {pair.tuned.title}; allowed are tensors that both "
             f"models have alike: choose linear modules ({', '.join(MODULES)})"
         )
     alone = [key for key in getattr(pair.tuned, "parts", {}) if key not in pair.base.parts]

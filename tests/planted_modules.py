@@ -28,16 +28,19 @@ def _parts(kind, shares):
 
 
 def study(*, gate=0.58, siblings=0.45, whole=0.6, landing=1.5, generic=1.0, share=0.8, others=0.3, **more):
-    """A gate that is special in every way; other numbers take one way or another from it."""
+    """A gate that is special in every way and in no way without affect; other numbers take one way or another from it."""
     rates = {"gate": gate, "up": siblings, "down": siblings, "attention": siblings, "all": whole}
     shares = {"gate": share, "up": others, "down": others, "attention": others}
     parts = {
         kind: _parts(kind, tuple(shares.items()))
         for kind in ("transfer", "revert", "random_equal_norm", "equal_damage")
     }
+    alike = dict.fromkeys(shares, 0.5)
+    controls = {f"control_{k}": _parts(k, tuple(alike.items())) for k in ("transfer", "revert", "equal_damage")}
+    controls["control"] = table({**alike, "all": 0.6})
     return ModuleStudy(
         equal_rank=table(rates),
         equal_size=table({**rates, "random": siblings}),
         landing=planted_landing({"affect": landing, "topics": generic}, noise=0.02),
-        **{**parts, **more},
+        **{**parts, **controls, **more},
     )

@@ -176,6 +176,14 @@ def test_modules_reads_finished_runs_and_says_when_the_gate_is_special(monkeypat
     assert list(names["tables"]) == ["equal rank, rank 4", "equal size, rank 4"]
 
 
+def test_modules_reads_the_committed_results_by_default(monkeypatch, capsys):
+    monkeypatch.setenv("LENS_AFFECT_QUICK", "1")
+    monkeypatch.delenv("LENS_AFFECT_RUNS", raising=False)
+    names = runpy.run_path(str(ROOT / "analyses" / "05_modules.py"))
+    assert names["RUNS"] == ROOT / "analyses" / "results" / "tuning"
+    assert "equal size, rank 1: the gate is " in capsys.readouterr().out
+
+
 def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(
     few_neutral_texts, monkeypatch, capsys, tmp_path
 ):
@@ -193,7 +201,7 @@ def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(
     asked = names["options"]  # the tiny tokenizer makes some prompts longer than the 32 tokens of the real runs
     run.__globals__.update(options=lambda job, model: asked(job, model) | {"max_tokens": 128, "n_validation": 4})
     monkeypatch.setattr("lens_affect.task_metrics.N_RESAMPLES", 50)
-    monkeypatch.setattr("lens_affect.damage.MOST_TRIALS", 8)
+    monkeypatch.setattr("lens_affect.damage.MOST_TRIALS", 3)
     monkeypatch.setattr(lens_affect, "choose_rate", lambda *a, **k: 0.01, raising=False)
     model = load_model(make_hf_model("llama"), tokenizer=make_tokenizer())
     for job in jobs:
@@ -209,7 +217,7 @@ def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(
         study = lens_affect.ModuleStudy.load(tmp_path / "tuning" / folder)
         without = [name for name in study.__dataclass_fields__ if getattr(study, name) is None]
         assert without == ["writing", "writing_transfer", "writing_revert", *missing]
-        assert len(list((tmp_path / "tuning" / folder / "seeds").iterdir())) == len(names["KINDS"]) + 2
+        assert len(list((tmp_path / "tuning" / folder / "seeds").iterdir())) == len(names["KINDS"]) + 3
     weights = {
         job.block: lens_affect.Tuned.load(tmp_path / "tuning" / job.name / "tuned").arm.n_parameters
         for job in jobs
@@ -222,14 +230,27 @@ def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(
     monkeypatch.setattr(lens_affect, "tune_module", None, raising=False)  # a second start would fail if it trained
     for job in jobs:
         run(model, job)
+    published = tmp_path / "results" / "tuning"
+    names["publish"](published)
+    files = [path for path in published.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 5e6
+    assert not [path for path in files if path.suffix == ".lock"]
+    assert not any(run.trained for run in lens_affect.load_runs(published).values())
+    for kept in ("rates", "base", "delta", "study/transfer", "study/bands", "goemotions-gate-rank4-seed0/controls"):
+        made = {path.name for path in (tmp_path / "tuning" / kept).iterdir() if path.suffix != ".lock"}
+        assert made
+        assert {path.name for path in (published / kept).iterdir()} == made
+    monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path / "results"))
     runpy.run_path(str(ROOT / "analyses" / "05_modules.py"))
     printed = capsys.readouterr().out
-    assert "33 finished runs" in printed
+    assert "35 finished runs" in printed
     assert "G4, reverted, " in printed
     assert "next-token loss on texts without emotion" in printed
-    names["publish"](tmp_path / "results" / "tuning")
-    assert sum(path.stat().st_size for path in (tmp_path / "results").rglob("*") if path.is_file()) < 5e6
-    monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path / "results"))
+    assert "against the control all tuned on topics, seed 0" in printed
+    assert "shuffled labels\n" in printed
+    assert "output_angle" in printed
+    assert "gate minus attention" in printed
+    assert lens_affect.AblationTable.load(published / "study" / "bands").control_name == "topics"
     runpy.run_path(str(ROOT / "analyses" / "05_rank_one.py"))
     printed = capsys.readouterr().out
     assert "8 finished runs at rank 1" in printed

@@ -38,7 +38,34 @@ def length_of(key, start):
     return lambda model: float((LiveWeights(model).read(key) - start).norm() / start.norm()) * np.array([0.9, 1.0, 1.1])
 
 
-def test_bisection_finds_a_known_scale():
+@pytest.mark.parametrize("power", [1, 2, 3])
+def test_few_losses_find_a_scale_whatever_power_of_it_the_loss_is(power):
+    model = make_hf_model("llama")
+    key = "layers.1.up"
+    length = length_of(key, LiveWeights(model).read(key))
+    options = {"arms": ["up"], "loss": lambda m: length(m) ** power}
+    for target in (0.01, 0.3, 2.0):
+        found = equal_damage(model, target=target, **options)
+        assert found.reached.all()
+        assert found.trials[0] <= 8
+        assert float(found.scales[0]) ** power == pytest.approx(target, rel=0.08)
+    nothing = equal_damage(model, target=0.1, arms=["gate"], loss=length)  # the loss does not depend on it
+    assert not nothing.reached.any()
+    assert nothing.trials[0] < 24
+
+
+def test_a_loss_that_jumps_is_brought_within_its_bracket():
+    model = make_hf_model("llama")
+    key = "layers.1.up"
+    length = length_of(key, LiveWeights(model).read(key))
+    jumps = {"steep": lambda x: x**12, "late": lambda x: 0.01 * x + 50 * np.maximum(x - 0.7, 0), "wild": lambda x: np.where(x > 1, np.inf, x)}  # fmt: skip
+    for name, of in jumps.items():
+        found = equal_damage(model, arms=["up"], target=0.3, loss=lambda m, of=of: of(length(m)))
+        assert found.reached.all(), name
+        assert found.trials[0] <= 20, name
+
+
+def test_interpolation_finds_a_known_scale():
     model = make_hf_model("llama")
     key = "layers.1.up"
     loss = length_of(key, LiveWeights(model).read(key))

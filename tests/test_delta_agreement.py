@@ -73,7 +73,10 @@ def test_strategies_are_compared_and_modules_that_only_one_changed_are_left_out(
     assert set(found.modules) == {"gate", "up"}
     assert found.to_frame()["cosine"].to_numpy() == pytest.approx(1, abs=1e-5)
     assert (found.to_frame()["rank"] <= 4).all()
-    assert list(found.by_module()["module"]) == ["gate", "up"]
+    by_module = found.by_module()
+    assert list(by_module["module"]) == ["gate", "up"]
+    angles = found.to_frame().groupby("module", sort=False)[["output_angle", "input_angle"]].mean()
+    assert by_module[["output_angle", "input_angle"]].to_numpy() == pytest.approx(angles.to_numpy())
     assert "over 6 linear modules" in str(found)
     found.save(tmp_path / "agreement")
     assert DeltaAgreement.load(tmp_path / "agreement").to_frame().equals(found.to_frame())

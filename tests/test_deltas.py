@@ -151,6 +151,16 @@ def test_broken_weights_are_refused():
         compare_modules(make_hf_model("llama"), broken)
 
 
+def test_a_broken_adapter_is_refused():
+    for value in (float("nan"), float("inf")):
+        broken = make_peft()
+        with torch.no_grad():
+            next(t for n, t in broken.named_parameters() if "layers.1.mlp.up_proj.lora_A" in n)[0, 0] = value
+        for spectrum in (True, False):
+            with pytest.raises(ValueError, match=r"at layers\.1\.up that are not finite"):
+                compare_modules(make_hf_model("llama"), broken, spectrum=spectrum)
+
+
 def test_progress_ends_with_everything_done():
     seen = []
     compare_modules(make_hf_model("llama"), changed(gate=0.1), progress=lambda done, total: seen.append((done, total)))

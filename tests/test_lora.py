@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from lens_affect.checkpoint_pairs import open_pair
-from lens_affect.checkpoints import open_checkpoint
+from lens_affect.checkpoints import find_parts, open_checkpoint
 from lens_affect.lora import LowRank, multiplied, open_adapter_folder, open_adapter_model
 from lens_affect.models import load_model
 from tests.tiny import make_hf_model, make_tokenizer
@@ -131,3 +131,30 @@ def test_two_adapters_at_once_are_refused():
         open_adapter_model(model)
     model.set_adapter("second")
     assert set(open_adapter_model(model).targets) == {f"layers.{i}.mlp.gate_proj" for i in range(3)}
+
+
+def adapter_of(folder, paths):
+    """An adapter of rank 1 on 8 x 8 maps, each with a B of its own."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
+    tensors = {f"base_model.model.{path}.lora_A.weight": torch.ones(1, 8) for path in paths}
+    tensors |= {f"base_model.model.{p}.lora_B.weight": torch.full((8, 1), i + 1.0) for i, p in enumerate(paths)}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return open_adapter_folder(folder, "mine")
+
+
+def test_a_vision_tower_keeps_its_own_changes(tmp_path):
+    text, vision = "language_model.model.layers.0.self_attn.q_proj", "vision_tower.encoder.layers.0.self_attn.q_proj"
+    found = adapter_of(tmp_path / "a", [text, vision])
+    assert set(found.targets) == {"layers.0.self_attn.q_proj", vision}
+    parts = find_parts({f"{name}.weight": (8, 8) for name in (text, vision)}, {"model_type": None})
+    changes = {key: found.change(part).dense() for key, part in parts.items()}
+    assert float(changes["layers.0.q"].mean()) == 1
+    assert float(changes[f"{vision}.weight"].mean()) == 2
+
+
+def test_two_changes_of_one_map_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"both stand for layers\.0\.self_attn\.q_proj"):
+        adapter_of(tmp_path / "a", ["model.layers.0.self_attn.q_proj", "language_model.layers.0.self_attn.q_proj"])

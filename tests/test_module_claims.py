@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from lens_affect.module_claims import MARGIN, module_rows, special
+from lens_affect.module_claims import MARGIN, judge_efficiency, module_rows, special
 from lens_affect.module_table import compare_arms
 from lens_affect.verdicts import COLUMNS, FAILS, HOLDS, OPEN
 from tests.planted_modules import study, table
@@ -17,7 +17,7 @@ def verdicts(found):
     return {(row["id"], row["source"].split(",")[0]): row["verdict"] for row in module_rows(found)}
 
 
-def test_a_gate_that_is_special_in_every_way_holds_everywhere():
+def test_a_gate_that_is_special_in_every_way_for_affect_alone_holds_everywhere():
     rows = module_rows(study())
     assert [row["id"] for row in rows] == ["G1", "G2", "G3", "G3", "G4", "G4"]
     assert {row["verdict"] for row in rows} == {HOLDS}
@@ -68,25 +68,64 @@ def test_two_seeds_decide_nothing_about_tuned_models():
     assert next(r for r in rows if r["source"].startswith("writing"))["verdict"] == OPEN
 
 
-def test_a_gate_that_is_as_special_without_affect_is_not_efficient_for_affect():
-    rates = {"gate": 0.58, "up": 0.45, "down": 0.45, "attention": 0.45, "all": 0.6}
-    found = verdicts(study(control=table(rates)))
-    assert found["G3", "equal rank"] == OPEN
-    same = dict.fromkeys(("gate", "up", "down", "attention"), 0.5)
+SHARES = {"gate": 0.8, "up": 0.3, "down": 0.3, "attention": 0.3}
+RATES = {"gate": 0.58, "up": 0.45, "down": 0.45, "attention": 0.45, "all": 0.6}
+PARTS = {
+    "control_transfer": ("G2", "transferred"),
+    "control_revert": ("G4", "reverted"),
+    "control_equal_damage": ("G4", "equal damage"),
+}
+"""Control of a part -> the claim that rests on it."""
+
+
+def control_of(name, shares, **options):
+    return planted_parts(name.removeprefix("control_"), shares, n=800, **options)
+
+
+def test_without_a_control_nothing_holds():
+    found = verdicts(study(control=None, **dict.fromkeys(PARTS)))
+    assert {v for (claim, _), v in found.items() if claim != "G1"} == {OPEN}
+    for name, key in {**PARTS, "control": ("G3", "equal rank")}.items():
+        rows = module_rows(study(**{name: None}))
+        assert [r["verdict"] for r in rows if (r["id"], r["source"].split(",")[0]) == key] == [OPEN]
+        assert sum(r["verdict"] == HOLDS for r in rows) == len(rows) - (2 if name == "control" else 1)
+        assert "not compared with a task without affect" in next(r["note"] for r in rows if r["verdict"] == OPEN)
+
+
+def test_without_a_control_what_fails_fails_all_the_same():
+    ordinary = {"gate": 0.58, "siblings": 0.58, "landing": 1.0, "share": 0.8, "others": 0.8}
+    assert set(verdicts(study(control=None, **ordinary, **dict.fromkeys(PARTS))).values()) == {FAILS}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_control_in_which_the_gate_may_be_special_leaves_a_part_open(name):
+    as_special = control_of(name, SHARES)
+    no_down = control_of(name, {arm: share for arm, share in SHARES.items() if arm != "down"})
+    vague = planted_parts(name.removeprefix("control_"), dict.fromkeys(SHARES, 0.5), n=4, noise=0.3)
+    for control in (as_special, no_down, vague):
+        assert verdicts(study(**{name: control}))[PARTS[name]] == OPEN
+    like_up = control_of(name, {"gate": 0.5, "up": 0.5})  # one sibling decides
+    assert verdicts(study(**{name: like_up}))[PARTS[name]] == HOLDS
+    rows = module_rows(study())
+    row = next(r for r in rows if (r["id"], r["source"].split(",")[0]) == PARTS[name])
+    assert "; in a task: up " in row["note"]
+
+
+def test_a_control_in_which_the_gate_may_be_special_leaves_efficiency_open():
+    for control in (table(RATES), table({arm: rate for arm, rate in RATES.items() if arm != "down"})):
+        found = verdicts(study(control=control))
+        assert found["G3", "equal rank"] == found["G3", "equal size"] == OPEN
+    same = dict.fromkeys(("gate", "up", "attention"), 0.5)
     assert verdicts(study(control=table({**same, "all": 0.6})))["G3", "equal rank"] == HOLDS
 
 
-def test_a_gate_that_is_as_special_without_affect_is_neither_sufficient_nor_necessary_for_affect():
-    shares = {"gate": 0.8, "up": 0.3, "down": 0.3, "attention": 0.3}
-    for kind, name, key in (
-        ("transfer", "control_transfer", ("G2", "transferred")),
-        ("revert", "control_revert", ("G4", "reverted")),
-    ):
-        assert verdicts(study(**{name: planted_parts(kind, shares, n=800)}))[key] == OPEN
-        alike = planted_parts(kind, dict.fromkeys(shares, 0.5), n=800)
-        assert verdicts(study(**{name: alike}))[key] == HOLDS
-        row = next(r for r in module_rows(study(**{name: alike})) if (r["id"], r["source"].split(",")[0]) == key)
-        assert "; in a task: up " in row["note"]
+def test_efficiency_is_judged_from_tables_alone():
+    found = study()
+    row = judge_efficiency(found.equal_rank, found.control)
+    expected = next(r for r in module_rows(found) if r["source"] == "equal rank")
+    assert row.to_dict() == expected
+    assert judge_efficiency(found.equal_rank, source="rank 1")["verdict"] == OPEN
+    assert judge_efficiency(study(gate=0.4, siblings=0.25).equal_rank)["verdict"] == FAILS
 
 
 def test_writing_has_rows_of_its_own():

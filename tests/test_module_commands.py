@@ -45,6 +45,24 @@ def test_delta_prints_where_the_change_is(model_folder, tuned_folder, tmp_path):
     assert "received 'nowhere'" in runner.invoke(app, ["delta", "nowhere", tuned_folder]).stderr
 
 
+def test_delta_compares_with_another_fine_tune(model_folder, tuned_folder, tmp_path):
+    save(changed("mistral", gate=-0.05), tmp_path / "other", make_tokenizer())
+    command = ["delta", model_folder, tuned_folder, "--norms-only", "--against", str(tmp_path / "other")]
+    done = runner.invoke(app, [*command, "--out", str(tmp_path / "d"), "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert "most alike in gate, -1.000" in " ".join(done.stdout.split())
+    assert "angles in degrees" in " ".join(done.stdout.split())
+    assert {"against", "against.csv"} <= {path.name for path in (tmp_path / "d").iterdir()}
+    rows = json.loads(runner.invoke(app, [*command, "--json"]).stdout)
+    assert len(rows) == 21
+    for row in rows:
+        if row["module"] == "gate":
+            assert row["cosine"] == pytest.approx(-1, abs=1e-4)
+            assert row["output_angle"] == pytest.approx(0, abs=0.1)
+        else:
+            assert row["cosine"] is None
+
+
 def test_transfer_prints_the_loss_of_each_arm(model_folder, tuned_folder, tmp_path):
     command = ["transfer", model_folder, tuned_folder, "--modules", "gate,attention,all", "--json"]
     rows = json.loads(runner.invoke(app, [*command, "--out", str(tmp_path / "t.csv")]).stdout)
@@ -100,6 +118,16 @@ def test_labels_are_shuffled_for_a_control(model_folder, labelled, tmp_path):
     wrong = runner.invoke(app, ["tune", model_folder, "--task", "arithmetic", "--shuffled-labels", "--quiet"])
     assert wrong.exit_code == 2
     assert "one label per text" in wrong.stderr
+
+
+def test_a_table_may_be_a_control(model_folder, tuned_folder, labelled):
+    command = ["transfer", model_folder, tuned_folder, "--modules", "gate", "--quiet"]
+    done = runner.invoke(app, [*command, "--task", labelled, "--control-task"])
+    assert done.exit_code == 0, done.output
+    assert "on mine (control): accuracy" in done.stdout
+    wrong = runner.invoke(app, [*command, "--task", "topics", "--control-task"])
+    assert wrong.exit_code == 2
+    assert "a table of your own" in wrong.stderr
 
 
 def test_transfer_scores_a_task(model_folder, tuned_folder, labelled):

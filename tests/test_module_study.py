@@ -5,13 +5,16 @@ import dataclasses
 import pytest
 
 import lens_affect.tuning
-from lens_affect.module_study import ModuleStudy, necessity_sufficiency_efficiency, study_modules
+from lens_affect.ablations import ablate_modules
+from lens_affect.damage import neutral_loss
+from lens_affect.module_study import ModuleStudy, necessity_sufficiency_efficiency, scan_bands, study_modules
 from lens_affect.scorecard import module_scorecard
+from lens_affect.trainable import tuned_weights
 from lens_affect.tuned import Tuned
 from tests.planted_modules import study
 from tests.planted_task import TASK
 
-OPTIONS = {"arms": ("gate", "up", "attention"), "seeds": (0, 1), "rank": 2, "steps": 2, "target": 0.01}
+OPTIONS = {"arms": ("gate", "up", "attention"), "seeds": (0, 1), "rank": 2, "steps": 2, "target": 0.01, "bands": 1}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,13 @@ def test_every_part_of_the_chain_is_there(chain, unchanged):
     assert found.transfer.arms == ("gate", "up", "attention")
     assert found.control.task == found.control_transfer.title
     assert found.writing.n_examples == len(found.writing_revert.before)
+    assert found.control_equal_damage.target == found.equal_damage.target
     assert found.control_revert.arms == found.writing_transfer.arms == ("gate", "up", "attention")
+    assert set(found.bands.bands) == {"0-2"}
+    assert found.bands.arms == ("gate", "up", "attention")
+    assert found.bands.target == OPTIONS["target"]
+    assert found.bands.control_name == "other"
+    assert found.bands.tuned == found.transfer.tuned[0]
     assert "tuned alone, equal rank" in str(found)
 
 
@@ -60,7 +69,8 @@ def test_a_second_start_reads_what_is_there(chain, task, tunable, monkeypatch):
     found, folder, control = chain
     for name in ("tune_module", "_best_rate"):
         monkeypatch.setattr(f"lens_affect.tuning.{name}", None)
-    monkeypatch.setattr("lens_affect.module_study.score_parts", None)
+    for name in ("score_parts", "scan_bands"):
+        monkeypatch.setattr(f"lens_affect.module_study.{name}", None)
     with pytest.raises(ValueError, match=r"scores with other target"):
         necessity_sufficiency_efficiency(tunable, task, control, folder=folder, **OPTIONS | {"target": 0.02})
     with pytest.raises(ValueError, match=r"scores with other examples"):
@@ -74,7 +84,10 @@ def test_a_second_start_reads_what_is_there(chain, task, tunable, monkeypatch):
             target=OPTIONS["target"],
             folder=folder,
         )
+    with pytest.raises(ValueError, match=r"bands, which holds scores with other bands than"):
+        necessity_sufficiency_efficiency(tunable, task, control, folder=folder, **OPTIONS | {"bands": 2})
     again = necessity_sufficiency_efficiency(tunable, task, control, folder=folder, **OPTIONS)
+    assert again.bands.to_frame().equals(found.bands.to_frame())
     assert str(again) == str(found)
     assert str(ModuleStudy.load(folder)) == str(found)
     with pytest.raises(ValueError, match=r"scores with other arms"):
@@ -85,6 +98,34 @@ def found_run(folder):
     return Tuned.load(folder / "equal_rank_runs" / "all-seed0" / "tuned")
 
 
+def test_a_band_is_scored_with_the_noise_that_does_equal_damage_in_it(tunable, chain, task, unchanged):
+    run, control = found_run(chain[1]), chain[2]
+    other = dataclasses.replace(task, name="third")
+    found = scan_bands(
+        *(tunable, run, task),
+        control_task=control,
+        other_tasks=[other],
+        arms=["up"],
+        bands=3,
+        target=0.02,
+        examples=task.examples("test"),
+    )
+    rows = found.to_frame().set_index("band")
+    reached = [band for band in rows.index if band not in "".join(found.missed)]
+    assert reached
+    for band in reached:
+        blocks = range(3) if band == "0-2" else [int(band)]
+        with tuned_weights(tunable, run):
+            before = neutral_loss(tunable)
+            with ablate_modules(
+                *(tunable,), modules="up", layers=blocks, how="random_equal_norm", scale=float(rows.loc[band, "scale"])
+            ):
+                assert float((neutral_loss(tunable) - before).mean()) == pytest.approx(0.02, rel=0.06)
+    # the same examples under three names
+    assert rows["third_loss"].to_numpy() == pytest.approx(rows["control_loss"].to_numpy(), nan_ok=True)
+    assert rows["affect_loss"].to_numpy() == pytest.approx(rows["control_loss"].to_numpy(), nan_ok=True)
+
+
 def test_a_control_needs_a_name_of_its_own_and_old_parts_do_not_stay(tunable, chain, tmp_path):
     run = found_run(chain[1])
     with pytest.raises(ValueError, match="own name"):
@@ -92,7 +133,7 @@ def test_a_control_needs_a_name_of_its_own_and_old_parts_do_not_stay(tunable, ch
     whole = study(control=study().equal_rank, writing_transfer=study().transfer)
     whole.save(tmp_path / "s")
     assert str(ModuleStudy.load(tmp_path / "s").writing_transfer) == str(whole.transfer)
-    study().save(tmp_path / "s", overwrite=True)
+    study(control=None).save(tmp_path / "s", overwrite=True)
     assert ModuleStudy.load(tmp_path / "s").control is ModuleStudy.load(tmp_path / "s").writing_transfer is None
 
 

@@ -181,3 +181,11 @@ def test_scores_of_other_examples_and_runs_of_another_base_are_refused(tunable, 
 def test_refusals(tunable, run, bad):
     with pytest.raises(ValueError, match="allowed are"):
         score_parts(tunable, run, TASK, **bad)
+
+
+def test_what_differences_could_be_seen_is_printed():
+    found = planted("transfer", {"gate": 0.8, "up": 0.3, "down": 0.3})
+    pairs = [found.contrast(a, b).detectable for a, b in (("gate", "up"), ("gate", "down"), ("up", "down"))]
+    assert found.detectable == pytest.approx(float(np.median(pairs)))
+    assert f"minimum detectable difference between two arms {found.detectable:.3f} (median, power 80%)" in str(found)
+    assert math.isnan(planted("transfer", {"gate": 0.8}).detectable)

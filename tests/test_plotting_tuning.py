@@ -1,10 +1,14 @@
 """What must be true: every arm is drawn with its interval, and the default title says what the table says."""
 
+import json
+
+import pandas as pd
 import pytest
 
-from lens_affect.module_table import compare_arms, learning_curves
+from lens_affect.module_table import LearningCurves, compare_arms, learning_curves
 from lens_affect.plotting_patching import ARM_COLOURS
 from lens_affect.plotting_tuning import plot_gains, plot_learning, plot_retention
+from lens_affect.style import save_figure
 from tests.planted_runs import campaign
 
 ARMS = {"all": (0.6, 400), "gate, rank 4": (0.45, 100), "up, rank 4": (0.55, 100)}
@@ -64,6 +68,21 @@ def test_learning_curves_have_one_line_and_one_band_per_arm():
     assert "ends highest" in plot_learning(curves, column="validation_exact").layout.title.text
     with pytest.raises(ValueError, match="received column 'loss'"):
         plot_learning(curves, column="loss")
+
+
+def test_the_numbers_beside_learning_curves_are_the_ones_that_are_drawn(tmp_path):
+    runs = campaign(ARMS)
+    curves = learning_curves(runs)
+    figure = plot_learning(curves)
+    shown = LearningCurves(curves, runs["all"][0].provenance)
+    save_figure(figure, tmp_path / "learning", shown)
+    table = json.loads((tmp_path / "learning.json").read_text())[0]["table"]
+    kept = pd.DataFrame(table["data"], columns=table["columns"])
+    lines = {trace.name: trace for trace in figure.data if trace.mode == "lines+markers"}
+    assert set(lines) == set(kept["arm"])
+    for arm, part in kept.groupby("arm"):
+        assert list(part["step"]) == list(lines[arm].x)
+        assert list(part["mean"]) == pytest.approx(list(lines[arm].y))
 
 
 def test_a_loss_that_falls_by_less_than_half_is_on_a_linear_axis_which_has_ticks():

@@ -1,11 +1,13 @@
 """Selectivity: known losses come back in SDs, intervals cover, a planted module is found, and what is one function is not compared."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from lens_affect.live_weights import LiveWeights
-from lens_affect.results import Provenance
+from lens_affect.results import Provenance, file_sha256
 from lens_affect.selectivity import AblationTable, layer_bands, scan_ablations
 from tests.test_transfers import same, state
 from tests.tiny import make_hf_model
@@ -102,6 +104,69 @@ def test_a_scan_finds_the_band_and_module_where_the_score_lives(tmp_path):
     assert "most selective" in found._repr_html_()
 
 
+def test_each_band_is_brought_to_equal_damage_and_what_cannot_be_is_said(tmp_path):
+    """Language suffers from the length of a change wherever it is, but in block 2 only half as much, and never in block 1; affect lives in the gate
+    of block 2."""
+    model = make_hf_model("llama")
+    live, weight = LiveWeights(model), {0: 1.0, 1: 0.0, 2: 0.5}
+    start = {(i, m): live.read(f"layers.{i}.{m}") for i in weight for m in ("gate", "up")}
+
+    def moved(i, m, now):
+        return float((now.read(f"layers.{i}.{m}") - start[i, m]).norm() / start[i, m].norm())
+
+    def loss(m):
+        now = LiveWeights(m)
+        return sum(weight[i] * moved(i, module, now) for i, module in start) * np.array([0.9, 1.0, 1.1])
+
+    rng = np.random.default_rng(0)
+    spread, other, sums = rng.normal(size=20), rng.normal(size=30), rng.normal(size=10)
+    found = scan_ablations(
+        model, arms=["gate", "up"], affect=lambda m: spread - 5 * moved(2, "gate", LiveWeights(m)),
+        control=lambda m: other - moved(0, "up", LiveWeights(m)), others={"arithmetic": lambda m: sums - 0.1},
+        bands=3, whole=True, target=0.2, loss=loss, tolerance=0.02, control_name="topics",
+    )  # fmt: skip
+    rows = found.to_frame().set_index(["arm", "band"])
+    assert list(dict.fromkeys(found.bands)) == ["0", "1", "2", "0-2"]
+    expected = {"0": 0.2, "2": 0.4, "0-2": 0.2 / 1.5}
+    for (arm, band), row in rows.iterrows():
+        if band == "1":
+            unknown = ["scale", "affect_loss", "control_loss", "selectivity", "arithmetic_selectivity"]
+            assert row[unknown].isna().all()
+            assert row["rise"] == 0
+        else:
+            assert row["scale"] == pytest.approx(expected[band], rel=0.03)
+            assert row["rise"] == pytest.approx(0.2, rel=0.02)
+            lost = 5 * expected[band] * (arm == "gate") * (band != "0")
+            assert row["affect_loss"] == pytest.approx(lost / spread.std(ddof=1), rel=0.03, abs=1e-6)
+            lost = expected[band] * (arm == "up") * (band != "2")
+            assert row["control_loss"] == pytest.approx(lost / other.std(ddof=1), rel=0.03, abs=1e-6)
+    by_arithmetic = rows["affect_loss"] - rows["arithmetic_loss"]
+    assert rows["arithmetic_selectivity"].to_numpy() == pytest.approx(by_arithmetic.to_numpy(), nan_ok=True)
+    assert found.missed == ("gate in blocks 1", "up in blocks 1")
+    assert "not reached: gate in blocks 1, up in blocks 1" in str(found)
+    assert "most selective: gate in blocks 2, affect lost minus topics lost" in str(found)
+    differences = found.compare("gate", "up").set_index("band")["difference"]
+    assert np.isnan(differences["1"])
+    assert differences["2"] > differences["0-2"] > 0
+    found.save(tmp_path / "t")
+    assert AblationTable.load(tmp_path / "t").to_frame().equals(found.to_frame())
+    assert str(AblationTable.load(tmp_path / "t")) == str(found)
+
+
+def test_a_table_of_an_earlier_version_is_read(tmp_path):
+    found = table([1.0, 0.2], [0.4, 0.2])
+    found.save(tmp_path / "t")
+    file = tmp_path / "t" / "result.json"
+    new = ("control_name", "target", "rises", "others", "others_before", "others_groups", "tuned")
+    old = {name: value for name, value in json.loads(file.read_text()).items() if name not in new}
+    file.write_text(json.dumps(old))
+    manifest = tmp_path / "t" / "manifest.json"
+    facts = json.loads(manifest.read_text())
+    facts["files"]["result.json"] = file_sha256(file)
+    manifest.write_text(json.dumps(facts))
+    assert AblationTable.load(tmp_path / "t").to_frame().equals(found.to_frame())
+
+
 def test_bands_cut_the_blocks_evenly():
     assert layer_bands(30, 3) == {f"{i}-{i + 9}": tuple(range(i, i + 10)) for i in (0, 10, 20)}
     with pytest.raises(ValueError, match="received 4 bands for 3 blocks"):
@@ -117,6 +182,8 @@ def test_wrong_scans_are_refused():
             scan_ablations(model, **options | settings)
 
     attempt("without a scale for \\['gate'\\]", scales={"up": 1.0})
+    attempt("a target beside scales", scales=1.0, target=0.1)
+    attempt("allowed are different names", others={"control": lambda m: np.arange(3.0)})
     attempt("received the arms \\[\\]", arms=[])
     attempt("affect scores of shape \\(4,\\) that are not finite", affect=lambda m: np.full(4, np.nan))
     attempt("allowed is one each", affect_groups=["a"])

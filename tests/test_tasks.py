@@ -172,3 +172,15 @@ def test_tables_and_unknown_names(tmp_path):
         ChoiceTask(
             "t", "t", True, {"train": (), "validation": (), "test": (Example("x", ("c",), "g"),)}, ("a", "b"), "Q"
         )
+
+
+def test_a_table_of_ones_own_is_an_affect_task_or_a_control(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("text,label\n" + "".join(f"Word {i},{'joy' if i % 2 else 'anger'}\n" for i in range(40)))
+    assert load_task(path).affective
+    assert load_task(path).title == "mine"
+    control = load_task(path, affective=False)
+    assert not control.affective
+    assert control.title == "mine (control)"
+    with pytest.raises(ValueError, match=r"received affective=True for 'topics'"):
+        load_task("topics", affective=True)

@@ -1,5 +1,7 @@
 """Transfers: everything is the tuned model, nothing is the base, and afterwards every bit is as before."""
 
+import json
+
 import pytest
 import torch
 
@@ -173,6 +175,16 @@ def test_what_cannot_be_transferred_is_refused(tmp_path):
         assert found.n_changed == 3
     with pytest.raises(ValueError, match="embed, which has other rows"):
         attempt(base, larger, "everything")
+    save(changed(embed=0.1), tmp_path / "moved", make_tokenizer())
+    tokenizer = tmp_path / "moved" / "tokenizer.json"
+    said = json.loads(tokenizer.read_text())
+    ids = said["model"]["vocab"]
+    first, second = list(ids)[-2:]
+    ids[first], ids[second] = ids[second], ids[first]
+    tokenizer.write_text(json.dumps(said))
+    bridge = load_model(make_hf_model("llama"), tokenizer=make_tokenizer())
+    with pytest.raises(ValueError, match="embed, which has rows of other tokens"):
+        attempt(bridge, tmp_path / "moved", "everything")
     tied = make_hf_model("llama")
     tied.config.tie_word_embeddings = True
     tied.tie_weights()
