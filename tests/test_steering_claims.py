@@ -13,7 +13,7 @@ from lens_affect.steering_study import SteeringStudy
 from lens_affect.verdicts import COLUMNS, FAILS, HOLDS, OPEN, ModelFacts
 from lens_affect.verification import verify_steering
 from tests.test_regimes import RULE, judged, planted
-from tests.test_verification import judgement_of, swept
+from tests.test_verification import beside, judgement_of, swept
 
 
 def made(cells, gains=None, *, rises=None, **options) -> SteeringStudy:
@@ -23,8 +23,14 @@ def made(cells, gains=None, *, rises=None, **options) -> SteeringStudy:
     if rises is None:
         return study
     tried = swept()
-    steered, random = rises
+    steered, random, *other = rises
+    if other:
+        tried = beside(tried, "other_emotion")
     read = judgement_of(tried, steered=steered, random=random, top="target")
+    if other:
+        raised = read.probabilities.clone()
+        raised[np.flatnonzero(tried.table["kind"] == "other_emotion")] += other[0]
+        read = replace(read, probabilities=raised)
     return replace(
         study, scenario_dose=tried, scenario_judgement=read, verification=verify_steering(tried, read, thresholds=RULE)
     )
@@ -46,11 +52,27 @@ THREE = QUIET | {
 }
 
 
-@pytest.mark.parametrize(("rises", "verdict"), [((0.5, 0.0), HOLDS), ((0.5, 0.5), OPEN), ((0.0, 0.5), FAILS)])
-def test_steering_is_causal_only_above_random_directions(rises, verdict):
+@pytest.mark.parametrize(
+    ("rises", "verdict"),
+    [
+        ((0.5, 0.0), OPEN),  # nothing of another emotion to compare with
+        ((0.5, 0.0, 0.0), HOLDS),
+        ((0.5, 0.0, 0.5), OPEN),  # any emotion raises the target
+        ((0.0, 0.0, 0.5), FAILS),
+        ((0.5, 0.5, 0.0), OPEN),
+        ((0.5, 0.5), OPEN),
+        ((0.0, 0.5), FAILS),
+    ],
+)
+def test_steering_is_causal_only_above_random_directions_and_those_of_another_emotion(rises, verdict):
     found = row(made(QUIET, rises=rises), "P8", "rises")
     assert found["verdict"] == verdict
     assert found["n"] == 24
+    assert ("no other emotion's directions" in found["note"]) == (len(rises) == 2)
+    assert "sound texts: steered 1.00, random 1.00" in found["note"]
+    if rises == (0.5, 0.0, 0.5):
+        assert (found["sound_statistic"], found["null"]) == (0.0, 1.0)
+        assert "sound statistic and null: against another emotion" in found["note"]
     if rises == (0.5, 0.5):
         assert found["paper_statistic"] == 1.0 == found["null"]  # the paper's count alone would call it perfect
 
