@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -299,24 +299,14 @@ def sweep_strengths(
         >>> sweep_strengths(model, vectors, load_scenarios("neutral"), emotions=["calm"], layers=14)  # doctest: +SKIP
     """
     clock = Stopwatch()
-    chosen_form = form or (
-        "continue" if isinstance(prompts, Scenarios) and form_of(model) == "plain" else form_of(model)
+    planned = plan_sweep(
+        *(model, vectors, prompts),
+        **{"emotions": emotions, "layers": layers, "strengths": strengths, "controls": controls, "n_random": n_random},
+        **{"mode": mode, "n_tokens": n_tokens, "form": form, "scorer": scorer, "seed": seed},
     )
-    texts = (
-        prompts.prompts("continue" if chosen_form == "continue" else "chat")
-        if isinstance(prompts, Scenarios)
-        else tuple(prompts)
-    )
-    groups = prompts.groups if isinstance(prompts, Scenarios) else tuple(f"prompt {i}" for i in range(len(texts)))
-    doses = AUTO_STRENGTHS if isinstance(strengths, str) else tuple(float(s) for s in strengths)
-    chosen = choose_layers(layers, int(model.cfg.n_layers))
-    targets = _targets(prompts, emotions, len(texts))
-    _check(model, vectors, texts, targets, doses, controls, n_random, mode)
+    texts, groups, targets, doses, chosen, chosen_form, pushed = planned
     sampling: dict[str, Any] = {"max_new_tokens": n_tokens, "temperature": temperature, "top_p": top_p}
     plain = [Planned(kind, "", "", 0.0, p) for kind in UNSTEERED for p in range(len(texts))]
-    pushed = plan_controls(targets, doses, controls, n_random, vectors.emotions, seed)
-    if scorer is not None:
-        _check_scorer(scorer, texts, chosen_form, n_tokens)
     writer = Writer(*(model, vectors, texts, chosen, scope, mode, chosen_form, seed, sampling, rows_at_once, progress))
     writer.expected = len(plain) + len(pushed)
     written = writer.write(plain)
@@ -345,6 +335,64 @@ def sweep_strengths(
             stimuli_hash=content_hash(texts, groups), seed=seed, elapsed_seconds=clock.seconds
         ),
     )
+
+
+class SweepPlan(NamedTuple):
+    """What a sweep is about to write."""
+
+    texts: tuple[str, ...]
+    """Prompts as they are continued."""
+    groups: tuple[str, ...]
+    """Group of each."""
+    targets: tuple[tuple[str, ...], ...]
+    """Emotions that each is steered to."""
+    doses: tuple[float, ...]
+    """Strengths."""
+    layers: tuple[int, ...]
+    """0-based steered blocks."""
+    form: Form
+    """How prompts stand before the texts."""
+    pushed: list[Planned]
+    """Steered texts and controls, before any is written anew."""
+
+
+def plan_sweep(
+    model: LensModel,
+    vectors: EmotionVectors,
+    prompts: Scenarios | Sequence[str],
+    *,
+    emotions: Sequence[str] | None = None,
+    layers: int | Sequence[int] | None = None,
+    strengths: Sequence[float] | str = "auto",
+    controls: Sequence[str] = ("random", "other_emotion"),
+    n_random: int = 1,
+    mode: str = "add",
+    n_tokens: int = 48,
+    form: Form | None = None,
+    scorer: LensModel | None = None,
+    seed: int = 0,
+) -> SweepPlan:
+    """Everything that sweep_strengths checks before it writes a text, and the texts that it will write; arguments and errors are those of sweep_strengths."""
+    chosen_form = form or (
+        "continue" if isinstance(prompts, Scenarios) and form_of(model) == "plain" else form_of(model)
+    )
+    texts = (
+        prompts.prompts("continue" if chosen_form == "continue" else "chat")
+        if isinstance(prompts, Scenarios)
+        else tuple(prompts)
+    )
+    groups = prompts.groups if isinstance(prompts, Scenarios) else tuple(f"prompt {i}" for i in range(len(texts)))
+    doses = AUTO_STRENGTHS if isinstance(strengths, str) else tuple(float(s) for s in strengths)
+    chosen = choose_layers(layers, int(model.cfg.n_layers))
+    targets = _targets(prompts, emotions, len(texts))
+    _check(model, vectors, texts, targets, doses, controls, n_random, mode)
+    pushed = plan_controls(targets, doses, controls, n_random, vectors.emotions, seed)
+    for layer in chosen:
+        vectors.vector(vectors.emotions[0], layer)
+    for reader, name in ((model, "the model"), (scorer, "the scorer")):
+        if reader is not None:
+            _check_window(reader, name, texts, chosen_form, n_tokens)
+    return SweepPlan(texts, groups, targets, doses, chosen, chosen_form, pushed)
 
 
 def _targets(prompts: Scenarios | Sequence[str], emotions: Sequence[str] | None, n: int) -> tuple[tuple[str, ...], ...]:
@@ -453,13 +501,13 @@ def _heads_of(scorer: LensModel, prompts: Sequence[str], form: Form) -> list[tup
     return [encode_prompt(scorer, text, form=form if form != "chat" else form_of(scorer))[0] for text in prompts]
 
 
-def _check_scorer(scorer: LensModel, prompts: Sequence[str], form: Form, n_tokens: int) -> None:
-    """Refuse a scorer whose window is too small before the texts are written: with its own tokenizer a text may need more tokens than asked for."""
-    longest, window = max(map(len, _heads_of(scorer, prompts, form))), context_window(scorer)
+def _check_window(reader: LensModel, name: str, prompts: Sequence[str], form: Form, n_tokens: int) -> None:
+    """Refuse what does not fit the window before texts are written; with a tokenizer of its own a scorer may need more tokens than asked for."""
+    longest, window = max(map(len, _heads_of(reader, prompts, form))), context_window(reader)
     if longest + n_tokens > window:
         raise ValueError(
-            f"received prompts of up to {longest} tokens and n_tokens={n_tokens} for the scorer {model_info(scorer).provenance.title}, whose context window "
-            f"holds {window}: shorten them, or use another scorer"
+            f"received prompts of up to {longest} tokens and n_tokens={n_tokens}; the context window of {name}, {model_info(reader).provenance.title}, holds "
+            f"{window}: shorten them"
         )
 
 

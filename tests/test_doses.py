@@ -354,10 +354,11 @@ def test_controls_that_need_more_emotions_than_there_are_vectors_for_are_refused
 
 def test_a_scorer_that_cannot_read_the_texts_is_refused_before_they_are_written(tiny_model, monkeypatch):
     model = tiny_model("llama")
-    monkeypatch.setattr("lens_affect.doses.context_window", lambda scorer: 20)
+    other = tiny_model("qwen2")
+    monkeypatch.setattr("lens_affect.doses.context_window", lambda reader: 20 if reader is other else 512)
     monkeypatch.setattr("lens_affect.pushed_texts.generate", None)  # nothing may be written
-    with pytest.raises(ValueError, match="for the scorer .* whose context window holds 20"):
-        sweep_strengths(model, vectors_of(model), PROMPTS, scorer=tiny_model("qwen2"), **SMALL)
+    with pytest.raises(ValueError, match="context window of the scorer, .*, holds 20"):
+        sweep_strengths(model, vectors_of(model), PROMPTS, scorer=other, **SMALL)
 
 
 def test_texts_that_are_too_long_for_another_tokenizer_have_no_perplexity_and_the_rest_is_kept(tiny_model, caplog):
@@ -380,5 +381,5 @@ def test_no_prompts_and_prompts_beyond_the_window_are_refused(tiny_model):
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="received 0 prompts"):
         sweep_strengths(model, vectors_of(model), [], **SMALL)
-    with pytest.raises(ValueError, match="the context window holds"):
+    with pytest.raises(ValueError, match="the context window of the model, .*, holds 512"):
         sweep_strengths(model, vectors_of(model), ["word " * 5000], **SMALL)
