@@ -9,6 +9,8 @@ import pandas as pd
 from scipy import stats
 
 from lens_affect.boundaries import compare_onsets
+from lens_affect.crosslingual import HOME
+from lens_affect.meaning import SMALLEST_EFFECT
 from lens_affect.statistics import Interval, jackknife_interval
 from lens_affect.steering_study import SteeringStudy
 from lens_affect.verdicts import FAILS, FAMILIES_NEEDED, HOLDS, OPEN, ModelFacts, by_sign, claim_row
@@ -20,6 +22,8 @@ SURE = 0.95
 """Bootstrap probability from which a cell's regime counts as seen."""
 APART = 0.8
 """AUC from which two kinds of text count as told apart."""
+SMALLEST_SHARE = 0.05
+"""Smallest difference in the share of raised tokens whose absence is stated."""
 
 
 def steering_rows(
@@ -159,34 +163,41 @@ def _foreign(study: SteeringStudy) -> list[dict[str, Any]]:
     scripts, meaning = study.scripts, study.meaning
     if scripts is None or meaning is None:
         return []
-    above = [
-        s
-        for s, p in zip(scripts.scripts, scripts.p_family.tolist(), strict=True)
-        if p <= 0.05 and s not in ("Latin", "Common", "special", "partial")
-    ]
+    above = [s for s, p in zip(scripts.scripts, scripts.p_family.tolist(), strict=True) if p <= 0.05 and s not in HOME]
     holds = meaning.table[(meaning.table["verdict"] == "holds") & (meaning.table["language"] != "English")]
     languages = [str(name) for name in holds["language"]]
     share = scripts.foreign.double()
     half = float(stats.t.ppf(0.975, len(share) - 1) * share.std() / math.sqrt(len(share)))
-    decided = bool((meaning.table["verdict"] != "cannot be decided").any())
-    verdict = HOLDS if above and languages else FAILS if decided else OPEN
+    foreign = scripts._foreign
+    most = (scripts.high - scripts.random.mean(0))[foreign]
+    no_script = not above and bool((most < SMALLEST_SHARE).all())
+    verdicts = [str(v) for v in meaning.table[meaning.table["language"] != "English"]["verdict"]]
+    # Languages whose words have no tokens say nothing; one that stays open leaves the claim open.
+    measured = [
+        v
+        for v, e in zip(verdicts, meaning.table[meaning.table["language"] != "English"]["effect"], strict=True)
+        if math.isfinite(e)
+    ]
+    no_meaning = bool(measured) and all(v == FAILS for v in measured)
+    verdict = HOLDS if above and languages else FAILS if no_script or no_meaning else OPEN
     return [
         claim_row(
             "P11",
             "emotion vectors bring up foreign tokens of matching meaning",
             "in Qwen",
             "holds if some foreign script is above random directions (family-wise p <= 0.05) and the words of some foreign language above other emotions' vectors and "
-            "everyday words; does not hold if one of the two is missing",
+            f"everyday words; does not hold if the 95 % interval over emotions of every foreign script's share lies below {SMALLEST_SHARE} above random directions', or "
+            f"if in every foreign language that is measured the interval of an effect lies below {SMALLEST_EFFECT:g} percentile points; else it cannot be decided",
             sound_statistic=float(share.mean()),
             low=float(share.mean()) - half,
             high=float(share.mean()) + half,
-            null=float(scripts.vocabulary[scripts._foreign].sum()),
+            null=float(scripts.random[:, foreign].sum(1).mean()),
             n=len(share),
             verdict=verdict,
             model=scripts.provenance.title,
             source=f"layer {scripts.layer}",
-            note=f"share of the top {scripts.k} tokens in foreign scripts (interval over emotions; null: share of the vocabulary); scripts above random: "
-            f"{', '.join(above) or 'none'}; meaning holds in: {', '.join(languages) or 'none'}",
+            note=f"share of the top {scripts.k} tokens in foreign scripts (interval over emotions; null: the same of random directions; of the vocabulary "
+            f"{float(scripts.vocabulary[foreign].sum()):.2f}); scripts above random: {', '.join(above) or 'none'}; meaning holds in: {', '.join(languages) or 'none'}",
         )
     ]
 
