@@ -4,8 +4,9 @@
     python analyses/tune_regimes.py                         # tunes and prints, from that file alone
 
 LABELS.jsonl has one object per text: text, language, origin (`written`, or the model's name), what (kind of case, or kind and strength), first and second
-(labels of two readers), and for outputs of models row (in the dose-response below LABELS' folder, by the model's name). The half that tunes is every other text
-of each label and origin, so both halves have the same mixture. The rule: regimes.damage_of.
+(labels of two readers). Outputs of models are looked up by their text in the sweeps of steer_models.py (LENS_AFFECT_RUNS, else analyses/results); one that
+no sweep holds any more keeps what the data file has of it. The half that tunes is every other text of each label and origin, so both halves have the same
+mixture. The rule: regimes.damage_of.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from lens_affect.scoring import score_texts
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "lens_affect" / "data" / "regime_texts.jsonl"
 RUNS = Path(os.environ.get("LENS_AFFECT_RUNS", HERE.parent / "runs"))
+MEASURED = ("log_ratio", "repetition", "n_tokens", "limit", "r_ok")
+"""What the rule needs of a text."""
 SCORER = "gemma-3-270m"
 """Scorer of written texts: its vocabulary covers their languages."""
 
@@ -38,18 +42,9 @@ SCORER = "gemma-3-270m"
 def collect(labels: Path) -> None:
     """Measure every text and write the data file."""
     rows: list[dict[str, Any]] = [json.loads(line) for line in labels.read_text(encoding="utf-8").splitlines()]
-    doses = {
-        o: la.DoseResponse.load(RUNS / "steering" / o / "neutral") for o in {r["origin"] for r in rows} - {"written"}
-    }
-    for row in rows:
-        if row["origin"] == "written":
-            continue
-        dose = doses[row["origin"]]
-        i = row.pop("row")
-        assert dose.texts[i] == row["text"]
-        n = int(dose.column("n_tokens")[i])
-        row |= {"log_ratio": float(dose.log_ratio[i]), "repetition": float(dose.column("repetition")[i]), "n_tokens": n}
-        row |= {"limit": float(dose.limits[n]), "r_ok": Thresholds.of(dose).r_ok}
+    kept = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()] if DATA.is_file() else []
+    doses = {o: load_dose(o) for o in dict.fromkeys(row["origin"] for row in rows) if o != "written"}
+    measure_outputs(rows, doses, kept)
     written = [row for row in rows if row["origin"] == "written"]
     measure_written(written)
     with DATA.open("w", encoding="utf-8") as file:
@@ -60,6 +55,49 @@ def collect(labels: Path) -> None:
             }
             file.write(json.dumps(values, ensure_ascii=False) + "\n")
     print(f"{len(rows)} texts, {len(written)} written, in {DATA.name}")
+
+
+def load_dose(origin: str) -> la.DoseResponse:
+    """The sweep of a model's neutral openings: that of steer_models.py, else the committed one."""
+    places = [folder / "steering" / origin / "dose" for folder in (RUNS, HERE / "results")]
+    there = [place for place in places if (place / "manifest.json").is_file()]
+    if not there:
+        raise FileNotFoundError(
+            f"received texts of {origin}, but no sweep in {places[0]} or {places[1]}; make it: python analyses/steer_models.py neutral"
+        )
+    return la.DoseResponse.load(there[0])
+
+
+def measure_outputs(
+    rows: list[dict[str, Any]], doses: Mapping[str, la.DoseResponse], kept: list[dict[str, Any]]
+) -> None:
+    """What the rule measures of models' outputs, by their text; a text that its sweep no longer holds keeps what was stored of it.
+
+    Raises:
+        ValueError: a text that neither a sweep nor the data file holds.
+    """
+    stored = {(row["origin"], row["text"]): row for row in kept}
+    limits = {origin: Thresholds.of(dose).r_ok for origin, dose in doses.items()}
+    places = {origin: {text: i for i, text in reversed(list(enumerate(dose.texts)))} for origin, dose in doses.items()}
+    gone = 0
+    for row in rows:
+        row.pop("row", None)
+        if row["origin"] == "written":
+            continue
+        dose, i = doses[row["origin"]], places[row["origin"]].get(row["text"])
+        if i is None:
+            before = stored.get((row["origin"], row["text"]))
+            if before is None:
+                raise ValueError(
+                    f"received {row['text'][:60]!r}, which neither a sweep of {row['origin']} nor {DATA.name} holds; remove it"
+                )
+            row |= {name: before[name] for name in MEASURED}
+            gone += 1
+            continue
+        n = int(dose.column("n_tokens")[i])
+        values = (dose.log_ratio[i], dose.column("repetition")[i], n, dose.limits[n], limits[row["origin"]])
+        row |= dict(zip(MEASURED, (float(v) if k != 2 else n for k, v in enumerate(values)), strict=True))
+    print(f"{gone} texts are in no sweep any more and keep what was stored of them")
 
 
 def measure_written(rows: list[dict[str, Any]]) -> None:

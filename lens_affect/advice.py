@@ -11,6 +11,7 @@ from lens_affect.comparison import FACTORS
 from lens_affect.results import Provenance
 from lens_affect.scorecard import main_curve, source_advantage
 from lens_affect.statistics import mean_interval
+from lens_affect.steering_claims import SURE
 from lens_affect.sweeps import Sweep
 
 
@@ -40,15 +41,14 @@ class Recommendation:
 
 
 def recommend(run: Sweep) -> Recommendation:
-    """Layer, text source and pooling for this model, with intervals.
+    """Layer, text source, pooling and strength for this model, with intervals.
 
     Args:
-        run: a finished sweep; pooling is only answered for one with `compare_methods`.
+        run: a finished sweep; pooling is only answered for one with `compare_methods`, strength for one with a steering study.
     """
     text = _advise_source(run)
     source = "generation" if text["answer"] == "stories that it writes" else run.spec.methods[0]
-    strength = _advice("strength", "", False, "steering is not measured by this version")
-    rows = [text, _advise_layer(run, source), _advise_pooling(run), strength]
+    rows = [text, _advise_layer(run, source), _advise_pooling(run), _advise_strength(run)]
     return Recommendation(pd.DataFrame(rows), main_curve(run, source).provenance)
 
 
@@ -85,6 +85,38 @@ def _advise_layer(run: Sweep, method: str) -> dict[str, Any]:
     if not beyond:
         return _advice("layer", "", False, f"no layer is above shuffled labels; {why}", *map(float, layers))
     return _advice("layer", str(curve.best_layer), True, why, *map(float, layers))
+
+
+def _advise_strength(run: Sweep) -> dict[str, Any]:
+    """The largest strength at which every emotion's texts are sound and show more of it than under random directions."""
+    studies = list(run.steering.values())
+    if not studies:
+        return _advice(
+            "strength",
+            "",
+            False,
+            f"this run holds no steering study; lens-affect regimes MODEL --run {run.folder} makes one",
+        )
+    found, where = [], []
+    for study in studies:
+        table = study.regimes.table
+        own = pd.DataFrame(table[(table["kind"] == "steered") & (table["strength"] > 0)])
+        sure = pd.Series((own["regime"] == "surgical") & (own["p_surgical"] >= SURE))
+        found += [float(s) for s in sorted(set(own["strength"])) if bool(sure[own["strength"] == s].all())]
+        where.append(f"{study.dose.name}, layer {study.dose.layers[-1]}: {str(study.regimes).splitlines()[1]}")
+    why = "; ".join(where)
+    if not found:
+        return _advice(
+            "strength", "", False, f"at no strength are all emotions surgical with a probability of {SURE}; {why}"
+        )
+    return _advice(
+        "strength",
+        f"{max(found):g}",
+        True,
+        f"the largest at which all emotions are surgical; {why}",
+        min(found),
+        max(found),
+    )
 
 
 def _advise_pooling(run: Sweep) -> dict[str, Any]:

@@ -163,11 +163,15 @@ def locate_boundaries(
         asked: further options of sweep_strengths.
 
     Raises:
-        ValueError: as sweep_strengths and find_boundaries.
+        ValueError: as sweep_strengths and find_boundaries, or controls, which have no choice here.
 
     Example:
         >>> locate_boundaries(model, vectors, load_scenarios("neutral"), "angry", layers=14)  # doctest: +SKIP
     """
+    if "controls" in asked:
+        raise ValueError(
+            f"received controls={asked['controls']!r}; boundaries are searched with random directions beside the texts where there is a judge: leave it out"
+        )
     limits, rows, last = thresholds, [], None
 
     def label_at(strength: float) -> str:

@@ -29,8 +29,10 @@ def saved_vectors(folder: str) -> tuple[Any, str, int | None]:
     return sweep.vectors[method], f"Vectors: {folder}, {method}", curve.best_layer if curve else None
 
 
-def fit_on_passages(model: Any, layer: int | None, report: Callable[[str], Any]) -> tuple[Any, str]:
-    """Vectors from our passages, and where they come from; a layer that is not there ends it before anything is read."""
+def fit_on_passages(
+    model: Any, layer: int | None, report: Callable[[str], Any], *, topics: list[str] | None = None
+) -> tuple[Any, str]:
+    """Vectors from our passages (of some topics), and where they come from; a layer that is not there ends it before anything is read."""
     from lens_affect.activations import extract_activations
     from lens_affect.stimuli import load_stimuli
     from lens_affect.vectors import fit_vectors
@@ -38,6 +40,7 @@ def fit_on_passages(model: Any, layer: int | None, report: Callable[[str], Any])
     if layer is not None and not 0 <= layer < model.cfg.n_layers:
         raise ValueError(f"received layer {layer}; allowed are 0 to {model.cfg.n_layers - 1}")
     passages = load_stimuli("passages")
+    passages = passages if topics is None else passages.select(groups=topics)
     with report("fit vectors on the passages") as progress:
         activations = extract_activations(model, passages, pooling="mean_without_sinks", progress=progress)
     return fit_vectors(

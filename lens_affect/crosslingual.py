@@ -20,11 +20,13 @@ from lens_affect.effects import equivalence
 from lens_affect.nulls import max_null, p_text, sign_flips
 from lens_affect.results import Provenance, Stopwatch, load_result, save_result
 from lens_affect.scripts import COMMON, PARTIAL, SPECIAL, token_scripts
-from lens_affect.statistics import mean_interval
+from lens_affect.statistics import derive_generator, mean_interval
 from lens_affect.vectors import EmotionVectors, logit_lens
 
 HOME = ("Latin", COMMON, PARTIAL, SPECIAL)
 """Classes that are not foreign to English texts; every other script is."""
+SETS_OF_THEIR_OWN = 50
+"""Draws whose random directions are all new; further ones mix these directions anew, since each is a product with the whole unembedding."""
 DIRECTIONS_AT_ONCE = 50
 """Random directions per matrix product; bounds memory (a quarter of a million tokens each)."""
 
@@ -63,6 +65,9 @@ class ScriptTable:
     """Draws."""
     provenance: Provenance
     """Model, numerics, stimuli, seed, versions."""
+    p_emotion: Float[Tensor, "emotion script"] | None = None
+    """p of each emotion by itself, corrected over the emotions: share of draws in which the direction with the most tokens of this script has at least as
+    many as this emotion, (1 + hits) / (1 + draws). None in a result that was saved before it was measured."""
 
     @property
     def foreign(self) -> Float[Tensor, " emotion"]:
@@ -97,6 +102,30 @@ class ScriptTable:
         """Shares as a table with emotions as rows and scripts as columns."""
         return pd.DataFrame(self.shares.numpy(), index=list(self.emotions), columns=list(self.scripts))
 
+    def emotion_tests(self) -> pd.DataFrame:
+        """Every emotion by itself against random directions: emotion, script, share, random (mean), p_family (over the emotions; p_emotion), n (tokens).
+
+        Raises:
+            ValueError: a result that was saved before this was measured.
+        """
+        if self.p_emotion is None:
+            raise ValueError(
+                "received a table that was saved without tests of single emotions; allowed is a new one: script_entanglement(model, vectors)"
+            )
+        rows = [
+            [
+                emotion,
+                script,
+                float(self.shares[e, s]),
+                float(self.random[:, s].mean()),
+                float(self.p_emotion[e, s]),
+                self.k,
+            ]
+            for e, emotion in enumerate(self.emotions)
+            for s, script in enumerate(self.scripts)
+        ]
+        return pd.DataFrame(rows, columns=["emotion", "script", "share", "random", "p_family", "n"])
+
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Save as a folder (see results.py)."""
         return save_result(self, folder, overwrite=overwrite)
@@ -117,8 +146,19 @@ class ScriptTable:
             f"{self.provenance.title}, layer {self.layer} of {self.n_layers}: of the {self.k} tokens that each of {len(self.emotions)} emotion vectors raises most, "
             f"{float(interval.estimate):.3f} [{max(float(interval.low), 0):.3f}, {min(float(interval.high), 1):.3f}] are in a script other than Latin\n"
             f"random directions {float(drawn.mean()):.3f} ({p_text(p, self.n_random).replace('permutations', 'draws')}), vocabulary {float(self.vocabulary[self._foreign].sum()):.3f}; "
-            f"more than random after correction over scripts: {named or 'none'}"
+            f"more than random after correction over scripts: {named or 'none'}{self._alone()}"
         )
+
+    def _alone(self) -> str:
+        """Emotions that have more of some foreign script than random directions, in words."""
+        if self.p_emotion is None:
+            return ""
+        found = [
+            e
+            for e, p in zip(self.emotions, self.p_emotion[:, self._foreign].tolist(), strict=True)
+            if min(p, default=1.0) <= 0.05
+        ]
+        return f"\nemotions with more of some foreign script than random directions, after correction over emotions: {', '.join(found) or 'none'}"
 
     def _repr_html_(self) -> str:
         import html
@@ -140,7 +180,7 @@ def middle_layer(vectors: EmotionVectors, layer: int | None) -> int:
 
 @overload
 def script_entanglement(
-    model: Any, vectors: EmotionVectors, layer: int | None = None, *, k: int = 50, n_random: int = 20, seed: int = 0
+    model: Any, vectors: EmotionVectors, layer: int | None = None, *, k: int = 50, n_random: int = 200, seed: int = 0
 ) -> ScriptTable: ...
 
 
@@ -158,7 +198,7 @@ def script_entanglement(
     base: ScriptTable | None = None,
     tuned: ScriptTable | None = None,
     k: int = 50,
-    n_random: int = 20,
+    n_random: int = 200,
     margin: float = 0.05,
     n_flips: int = 4095,
     seed: int = 0,
@@ -178,13 +218,15 @@ def script_entanglement(
         base: table of the base model, in the place of model and vectors.
         tuned: table of the tuned one, with the same emotions and k.
         k: tokens per direction.
-        n_random: draws of as many random directions as there are emotions; the smallest possible p is 1 / (1 + n_random).
+        n_random: draws of as many random directions as there are emotions; the smallest possible p is 1 / (1 + n_random). The first SETS_OF_THEIR_OWN draws
+            share no direction, further ones mix theirs anew.
         margin: largest difference that counts as none (two one-sided tests per script).
         n_flips: sign flips behind the p of a difference.
         seed: of the draws, or of the flips.
 
     Returns:
-        Of a model: shares with 95 % intervals over emotions (t), random directions' and the vocabulary's shares, and p-values corrected over scripts.
+        Of a model: shares with 95 % intervals over emotions (t), random directions' and the vocabulary's shares, p-values of the mean over emotions, corrected
+        over scripts, and of every emotion by itself, corrected over emotions.
         Of a pair: differences with intervals over emotions. "Not different" is not "the same": only `equivalent` says that. Two models differ by
         more than their tuning if their vectors were read from texts of their own.
 
@@ -223,9 +265,12 @@ def _table(model: Any, vectors: EmotionVectors, layer: int | None, k: int, n_ran
     labels = known.labels
     number = torch.tensor([labels.index(s) for s in known.scripts])
     shares = _shares(number[top], len(labels))
-    directions = vectors.random_vectors(seed=seed, n=n_random)[:, :, at].flatten(0, 1)
+    n_sets = min(n_random, SETS_OF_THEIR_OWN)
+    directions = vectors.random_vectors(seed=seed, n=n_sets)[:, :, at].flatten(0, 1)
     drawn = torch.cat([logit_lens(model, part).topk(k).indices for part in directions.split(DIRECTIONS_AT_ONCE)])
-    random = _shares(number[drawn], len(labels)).unflatten(0, (n_random, -1)).mean(1)
+    each = _shares(number[drawn], len(labels))
+    draws = each[_members(n_sets, n_random, len(shares), seed)]
+    random = draws.mean(1)
     vocabulary = torch.bincount(number, minlength=len(labels)).double() / size
     interval = mean_interval(shares.numpy())
     p, p_family = _above_random(shares.mean(0), random, vocabulary, k * len(shares))
@@ -250,7 +295,16 @@ def _table(model: Any, vectors: EmotionVectors, layer: int | None, k: int, n_ran
         k=k,
         n_random=n_random,
         provenance=vectors.provenance.updated(seed=seed, elapsed_seconds=clock.seconds),
+        p_emotion=(1 + (draws.amax(1)[:, None] >= shares - 1e-9).double().sum(0)) / (1 + n_random),
     )
+
+
+def _members(n_sets: int, n_random: int, n: int, seed: int) -> Int[Tensor, "draw emotion"]:
+    """Which random directions make up each draw: n new ones, as long as there are any, then n different ones of all."""
+    rng = derive_generator(seed, "script_entanglement", "draws")
+    more = [rng.permutation(n_sets * n)[:n] for _ in range(n_random - n_sets)]
+    own = np.arange(n_sets * n).reshape(n_sets, n)
+    return torch.from_numpy(np.concatenate([own, *(row[None] for row in more)]))
 
 
 def _shares(numbers: Int[Tensor, "row k"], n_scripts: int) -> Float[Tensor, "row script"]:

@@ -7,13 +7,14 @@ no value.
 """
 
 import html
+import logging
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lens_affect.adapter import Form, LensModel, encode_prompt, form_of, model_info, token_ids
+from lens_affect.adapter import Form, LensModel, context_window, encode_prompt, form_of, model_info, token_ids
 from lens_affect.generation import Mode, Scope
 from lens_affect.pushed_texts import UNSTEERED, Planned, PushedText, Writer, plan_controls
 from lens_affect.repetition import compression_ratio, distinct_share, longest_loop, repetition_limits, repetition_share
@@ -37,6 +38,7 @@ AUTO_STRENGTHS = (-0.8, -0.4, 0.1, 0.2, 0.4, 0.8, 1.6)
 """Shares of the residual norm, from hardly noticed to more than the stream itself; negative ones push away."""
 CONTROLS = {
     "random": "random directions of each prompt, the same for every emotion",
+    "random_in_spread": "random directions of each prompt within the spread of the emotions' vectors (pushed_texts.direction_in_spread)",
     "other_emotion": "the direction of another emotion, drawn per prompt",
 }
 """What stands beside the emotion's own direction, at the same achieved change."""
@@ -54,6 +56,7 @@ MEASURES = (
 """What is averaged over the texts of a cell; the ratio is a geometric mean."""
 ROWS_AT_ONCE = 96
 """Texts per batch: more are hardly faster on a CPU."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -136,19 +139,32 @@ class DoseResponse:
         plain = self.repeats[np.isin(self.column("kind"), UNSTEERED)]
         return float(np.nanmean(plain)) if np.isfinite(plain).any() else math.nan
 
+    def control_changes(self) -> pd.DataFrame:
+        """How far each control moved the stream beside the steered texts of one emotion and strength, on the prompts that both have.
+
+        Random directions are the same for all emotions, so their texts were brought to the mean change over these; here they stand beside each of them.
+
+        Returns:
+            control, emotion, strength, change and steered (mean achieved changes), deviation (change / steered - 1); NaN where there is none.
+        """
+        change, prompt, cells = self.column("change").astype(float), self.column("prompt").astype(int), self.cells()
+        rows = []
+        for (kind, emotion, strength), beside in cells.items():
+            for control in CONTROLS if kind == "steered" else ():
+                own = cells.get((control, emotion, strength), cells.get((control, "", strength)))
+                if own is not None:
+                    own = own[np.isin(prompt[own], prompt[beside])]
+                    moved, wanted = _mean_known(change[own]), _mean_known(change[beside])
+                    off = moved / wanted - 1 if wanted else math.nan
+                    rows.append([control, emotion, strength, moved, wanted, off])
+        return pd.DataFrame(rows, columns=["control", "emotion", "strength", "change", "steered", "deviation"])
+
     @property
     def unequal(self) -> float:
-        """Largest relative deviation of a control's achieved change from that of the steered texts beside it; NaN without controls."""
-        change, cells = self.column("change").astype(float), self.cells()
-        found = []
-        for kind, emotion, strength in cells:
-            if kind in CONTROLS:
-                beside = [c for c in cells if c[0] == "steered" and c[2] == strength and emotion in ("", c[1])]
-                wanted = np.concatenate([change[cells[c]] for c in beside])
-                achieved = change[cells[kind, emotion, strength]]
-                if np.isfinite(wanted).any() and np.isfinite(achieved).any() and np.nanmean(wanted):
-                    found.append(abs(np.nanmean(achieved) / np.nanmean(wanted) - 1))
-        return float(max(found, default=math.nan))
+        """Largest relative deviation of a control's achieved change from that of one emotion's steered texts at one strength (control_changes); NaN without
+        controls."""
+        off = np.abs(self.control_changes()["deviation"].to_numpy(float))
+        return float(np.nanmax(off)) if np.isfinite(off).any() else math.nan
 
     def cells(self) -> dict[tuple[str, str, float], Int[np.ndarray, " row"]]:
         """Rows of the table by (kind, emotion, strength), in order of appearance."""
@@ -200,13 +216,26 @@ class DoseResponse:
         moved = moved[np.isfinite(moved)]
         layers = f"layer {self.layers[0]}" if len(self.layers) == 1 else f"layers {self.layers[0]} to {self.layers[-1]}"
         n_empty = int((self.column("n_tokens") == 0).sum())
-        equal = "" if math.isnan(self.unequal) else f"; controls move it as far to {100 * self.unequal:.0f} %"
         return (
             f"{self.provenance.title}, {self.name}: {len(self.emotions)} emotions x {len(self.strengths)} strengths at {layers}, "
             f"{len(self.prompts)} prompts of up to {self.longest} tokens, {len(self.table)} texts, {n_empty} empty\n"
             f"strength: ratio of perplexities ({self.perplexity_unit}), repeated 3-grams: {'; '.join(parts)}\n"
-            f"the residual stream changes by up to {moved.max() if len(moved) else math.nan:.2f} of itself{equal}\n"
+            f"the residual stream changes by up to {moved.max() if len(moved) else math.nan:.2f} of itself{self._equality()}\n"
             f"without steering {self.base_rate:.2f} of the texts repeat more than 99 % of ordinary prose does"
+        )
+
+    def _equality(self) -> str:
+        """How equal the controls' changes are, and where they are least so, in words."""
+        changes = self.control_changes().dropna(subset=["deviation"])
+        if changes.empty:
+            return ""
+        worst = max(changes.to_dict("records"), key=lambda row: abs(row["deviation"]))
+        # Random texts serve all emotions at once: over them the deviations can cancel.
+        over = pd.DataFrame(changes.groupby(["control", "strength"])[["change", "steered"]].mean())
+        mean = float(np.abs(over["change"].to_numpy(float) / over["steered"].to_numpy(float) - 1).max())
+        return (
+            f"; controls move it as far as the mean of the emotions to {100 * mean:.0f} %, as each emotion at each strength to {100 * self.unequal:.0f} % "
+            f"(most: {worst['control'].replace('_', ' ')} beside {worst['emotion']} {worst['strength']:+g})"
         )
 
     def _repr_html_(self) -> str:
@@ -226,7 +255,7 @@ def sweep_strengths(
     emotions: Sequence[str] | None = None,
     layers: int | Sequence[int] | None = None,
     strengths: Sequence[float] | str = "auto",
-    controls: Sequence[str] = ("random",),
+    controls: Sequence[str] = ("random", "other_emotion"),
     n_random: int = 1,
     scope: Scope = "response",
     mode: Mode = "add",
@@ -248,8 +277,9 @@ def sweep_strengths(
         emotions: targets, of the vectors' emotions: every prompt is steered to each. None steers each scenario to its own target.
         layers: one block, several (doses are searched for so that the last one's output changes by the strength), or None for the middle one.
         strengths: shares of the residual norm, none of them 0; AUTO_STRENGTHS by default.
-        controls: names from CONTROLS; each is written anew until its texts change the stream as much as the steered ones, to 5 %.
-        n_random: random directions per prompt.
+        controls: names from CONTROLS; each is written anew until its texts change the stream as much as the steered ones, to 5 %: another emotion's as
+            those of the target, random ones as the mean over the emotions that they serve (DoseResponse.control_changes).
+        n_random: random directions per prompt, of each kind.
         scope: `response`, `prompt` or `all`.
         mode: `add` or `clamp`.
         n_tokens: length limit of each text.
@@ -263,29 +293,21 @@ def sweep_strengths(
 
     Raises:
         ValueError: no prompt, an unknown emotion, layer or control, prompts without targets and no emotions, a strength that makes no sense,
-            vectors of another model or site, or prompts beyond the context window.
+            vectors of another model or site, of too few emotions for a control, or prompts beyond the context window.
 
     Example:
         >>> sweep_strengths(model, vectors, load_scenarios("neutral"), emotions=["calm"], layers=14)  # doctest: +SKIP
     """
     clock = Stopwatch()
-    chosen_form = form or (
-        "continue" if isinstance(prompts, Scenarios) and form_of(model) == "plain" else form_of(model)
+    planned = plan_sweep(
+        *(model, vectors, prompts),
+        **{"emotions": emotions, "layers": layers, "strengths": strengths, "controls": controls, "n_random": n_random},
+        **{"mode": mode, "n_tokens": n_tokens, "form": form, "scorer": scorer, "seed": seed},
     )
-    texts = (
-        prompts.prompts("continue" if chosen_form == "continue" else "chat")
-        if isinstance(prompts, Scenarios)
-        else tuple(prompts)
-    )
-    groups = prompts.groups if isinstance(prompts, Scenarios) else tuple(f"prompt {i}" for i in range(len(texts)))
-    doses = AUTO_STRENGTHS if isinstance(strengths, str) else tuple(float(s) for s in strengths)
-    chosen = choose_layers(layers, int(model.cfg.n_layers))
-    targets = _targets(prompts, emotions, len(texts))
-    _check(model, vectors, texts, targets, doses, controls, n_random, mode)
+    texts, groups, targets, doses, chosen, chosen_form, pushed = planned
     sampling: dict[str, Any] = {"max_new_tokens": n_tokens, "temperature": temperature, "top_p": top_p}
-    writer = Writer(*(model, vectors, texts, chosen, scope, mode, chosen_form, seed, sampling, rows_at_once, progress))
     plain = [Planned(kind, "", "", 0.0, p) for kind in UNSTEERED for p in range(len(texts))]
-    pushed = plan_controls(targets, doses, controls, n_random, vectors.emotions, seed)
+    writer = Writer(*(model, vectors, texts, chosen, scope, mode, chosen_form, seed, sampling, rows_at_once, progress))
     writer.expected = len(plain) + len(pushed)
     written = writer.write(plain)
     writer.reference = written[: len(texts)]
@@ -313,6 +335,64 @@ def sweep_strengths(
             stimuli_hash=content_hash(texts, groups), seed=seed, elapsed_seconds=clock.seconds
         ),
     )
+
+
+class SweepPlan(NamedTuple):
+    """What a sweep is about to write."""
+
+    texts: tuple[str, ...]
+    """Prompts as they are continued."""
+    groups: tuple[str, ...]
+    """Group of each."""
+    targets: tuple[tuple[str, ...], ...]
+    """Emotions that each is steered to."""
+    doses: tuple[float, ...]
+    """Strengths."""
+    layers: tuple[int, ...]
+    """0-based steered blocks."""
+    form: Form
+    """How prompts stand before the texts."""
+    pushed: list[Planned]
+    """Steered texts and controls, before any is written anew."""
+
+
+def plan_sweep(
+    model: LensModel,
+    vectors: EmotionVectors,
+    prompts: Scenarios | Sequence[str],
+    *,
+    emotions: Sequence[str] | None = None,
+    layers: int | Sequence[int] | None = None,
+    strengths: Sequence[float] | str = "auto",
+    controls: Sequence[str] = ("random", "other_emotion"),
+    n_random: int = 1,
+    mode: str = "add",
+    n_tokens: int = 48,
+    form: Form | None = None,
+    scorer: LensModel | None = None,
+    seed: int = 0,
+) -> SweepPlan:
+    """Everything that sweep_strengths checks before it writes a text, and the texts that it will write; arguments and errors are those of sweep_strengths."""
+    chosen_form = form or (
+        "continue" if isinstance(prompts, Scenarios) and form_of(model) == "plain" else form_of(model)
+    )
+    texts = (
+        prompts.prompts("continue" if chosen_form == "continue" else "chat")
+        if isinstance(prompts, Scenarios)
+        else tuple(prompts)
+    )
+    groups = prompts.groups if isinstance(prompts, Scenarios) else tuple(f"prompt {i}" for i in range(len(texts)))
+    doses = AUTO_STRENGTHS if isinstance(strengths, str) else tuple(float(s) for s in strengths)
+    chosen = choose_layers(layers, int(model.cfg.n_layers))
+    targets = _targets(prompts, emotions, len(texts))
+    _check(model, vectors, texts, targets, doses, controls, n_random, mode)
+    pushed = plan_controls(targets, doses, controls, n_random, vectors.emotions, seed)
+    for layer in chosen:
+        vectors.vector(vectors.emotions[0], layer)
+    for reader, name in ((model, "the model"), (scorer, "the scorer")):
+        if reader is not None:
+            _check_window(reader, name, texts, chosen_form, n_tokens)
+    return SweepPlan(texts, groups, targets, doses, chosen, chosen_form, pushed)
 
 
 def _targets(prompts: Scenarios | Sequence[str], emotions: Sequence[str] | None, n: int) -> tuple[tuple[str, ...], ...]:
@@ -394,10 +474,19 @@ def _add_perplexity(
     """nll under another scorer where there is one; nll of the unsteered text of the same prompt; what nll is a mean over."""
     unit = "token"
     if scorer is not None:
-        heads = [encode_prompt(scorer, text, form=form if form != "chat" else form_of(scorer))[0] for text in prompts]
+        heads = _heads_of(scorer, prompts, form)
         alike = scorer.tokenizer.get_vocab() == model.tokenizer.get_vocab()
         responses = [w.tokens if alike else token_ids(scorer.tokenizer, w.text) for w in written]
-        scores = score_texts(scorer, [heads[w.row.prompt] for w in written], responses)
+        window = context_window(scorer)
+        # Texts are never lost to a scorer that cannot read them: those have no perplexity.
+        read = [
+            r if len(heads[w.row.prompt]) + len(r) <= window else () for w, r in zip(written, responses, strict=True)
+        ]
+        if lost := sum(len(r) > 0 for r in responses) - sum(len(r) > 0 for r in read):
+            log.warning(
+                "%d texts are beyond the scorer's context window of %d tokens and have no perplexity", lost, window
+            )
+        scores = score_texts(scorer, [heads[w.row.prompt] for w in written], read)
         nll = scores.nll.double()
         if not alike:
             unit = "byte"
@@ -406,6 +495,25 @@ def _add_perplexity(
     plain = table["nll"].to_numpy(float)[: len(prompts)]  # the unsteered texts stand first
     table["nll_unsteered"] = plain[table["prompt"].to_numpy(int)]
     return unit
+
+
+def _heads_of(scorer: LensModel, prompts: Sequence[str], form: Form) -> list[tuple[int, ...]]:
+    return [encode_prompt(scorer, text, form=form if form != "chat" else form_of(scorer))[0] for text in prompts]
+
+
+def _check_window(reader: LensModel, name: str, prompts: Sequence[str], form: Form, n_tokens: int) -> None:
+    """Refuse what does not fit the window before texts are written; with a tokenizer of its own a scorer may need more tokens than asked for."""
+    longest, window = max(map(len, _heads_of(reader, prompts, form))), context_window(reader)
+    if longest + n_tokens > window:
+        raise ValueError(
+            f"received prompts of up to {longest} tokens and n_tokens={n_tokens}; the context window of {name}, {model_info(reader).provenance.title}, holds "
+            f"{window}: shorten them"
+        )
+
+
+def _mean_known(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else math.nan
 
 
 @lru_cache(maxsize=4)

@@ -4,8 +4,9 @@ Each row's text depends on its prompt, its seed and its own interventions, not o
 row draws its random numbers from its own stream, and prompts are padded on the left behind a mask. A prompt that several rows share is read once.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,13 +27,16 @@ from lens_affect.adapter import (
     is_bridge,
     pad_token_id,
 )
-from lens_affect.prefixes import pad_left, read_prefix
+from lens_affect.prefixes import is_hooked, pad_left, read_prefix
 from lens_affect.selfchecks import ensure_checked
 from lens_affect.sites import resolve_site
 from lens_affect.statistics import derive_generator
 
 Scope = Literal["response", "prompt", "all"]
 Mode = Literal["add", "ablate", "clamp"]
+Which = Callable[[], Bool[Tensor, "*row position"]]
+"""Which positions of the pass that is running predict a response token."""
+_WHICH: ContextVar[Which | None] = ContextVar("which positions predict a response token", default=None)
 CANDIDATES = (128, 1024, 8192)
 """Likeliest tokens among which the nucleus is looked for, before the whole vocabulary is."""
 FLAT_ROWS = 128
@@ -139,8 +143,11 @@ def generate(
     draws = np.stack([derive_generator(seed, "sample", name).random(max_new_tokens) for name in names])
 
     untouched = all(change.scope == "response" and not change.relative for change in interventions)
-    state = _Batch(model, heads, use_cache=use_cache and is_bridge(model), share=untouched)
-    with add_hooks(model, _hooks(model, interventions, state)) if interventions else nullcontext():
+    state = _Batch(model, heads, use_cache=use_cache and is_bridge(model), share=untouched and not is_hooked(model))
+    with (
+        telling_response(lambda: state.response),
+        add_hooks(model, _hooks(model, interventions, state)) if interventions else nullcontext(),
+    ):
         tokens, finished, finite = _decode(
             state, draws, stops, max_new_tokens, greedy=greedy, temperature=temperature, top_p=top_p, progress=progress
         )
@@ -365,6 +372,23 @@ class _Batch:
 def _hooks(model: LensModel, interventions: Sequence[Intervention], state: _Batch) -> list[Hook]:
     """Placed once for all tokens: placing hooks on a bridge costs a third of a single row's forward pass."""
     return [(resolve_site(model, c.site).at(c.layer), _edit(c, state)) for c in interventions]
+
+
+@contextmanager
+def telling_response(which: Which) -> Iterator[None]:
+    """Inside the block hooks that were placed from outside, as by steering.steer, can ask where responses begin (told_response)."""
+    before = _WHICH.set(which)
+    try:
+        yield
+    finally:
+        _WHICH.reset(before)
+
+
+def told_response(n: int) -> Bool[Tensor, "*row position"] | None:
+    """Which positions of a running pass over n of them predict a response token; None where nobody says."""
+    which = _WHICH.get()
+    found = None if which is None else which()
+    return found if found is not None and found.shape[-1:] == (n,) else None
 
 
 def in_scope(scope: Scope, response: Bool[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:

@@ -25,7 +25,7 @@ from lens_affect.adapter import LensModel, add_hooks, device_of, encode_prompt, 
 from lens_affect.doses import UNSTEERED, DoseResponse
 from lens_affect.judgements import Judgement
 from lens_affect.nulls import max_null, p_text
-from lens_affect.prefixes import read_prefix
+from lens_affect.prefixes import is_hooked, read_prefix
 from lens_affect.results import Provenance, Stopwatch, load_result, save_result
 from lens_affect.sites import resolve_site
 from lens_affect.statistics import derive_generator, resample_clusters
@@ -179,12 +179,12 @@ def read_projections(
     found = torch.full((len(bodies), len(units)), math.nan)
     order = sorted((i for i, body in enumerate(bodies) if body), key=lambda i: (int(prompts[i]), -len(bodies[i])))
     longest = max(map(len, heads)) + max(map(len, bodies))
-    device, kept, total = device_of(model), [], len(order)
+    device, kept, total, hooked = device_of(model), [], len(order), is_hooked(model)
     hook = (resolve_site(model, "resid_post").at(layer), lambda value, hook=None: kept.append(value.float()))
     while order:
         rows, order = order[: max(1, BATCH_TOKENS // longest)], order[max(1, BATCH_TOKENS // longest) :]
         chosen = [heads[prompts[i]] for i in rows]
-        prefix = read_prefix(model, chosen)
+        prefix = None if hooked else read_prefix(model, chosen)
         # Behind a prefix that was read already, a row starts with the last token of its prompt.
         ids = [(*head[0 if prefix is None else -1 :], *bodies[i]) for i, head in zip(rows, chosen, strict=True)]
         tokens = torch.full((len(rows), max(map(len, ids))), pad_token_id(model), dtype=torch.long)

@@ -1,7 +1,7 @@
 """Do the foreign tokens that an emotion vector raises mean that emotion? Words of eight languages in the vectors' logit lens."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -31,6 +31,8 @@ FEWEST_CONTROLS = 5
 """Control words that a language needs."""
 TOP = 99.0
 """Percentile from which a word counts as brought up."""
+SMALLEST_EFFECT = 10.0
+"""Smallest effect, in percentile points, whose absence is stated: a language fails only where the interval of one of the two effects lies below."""
 UNDECIDED = "cannot be decided"
 
 
@@ -45,7 +47,8 @@ class MeaningTable:
     from words exchanged between the two. `own`, `others`, `control`: the three percentiles. `own_top`, `others_top`: share of these words
     among the top 1 % of the vocabulary, under their own and under the others' vectors. `n_emotions`, `n_words`, `n_controls`: what is
     behind them. `whole`: share of those words that are one token. `lost_shared`, `lost_partial`, `lost_english`: words that could not be used.
-    `verdict`: `holds` if both family-wise p are at most 0.05, `does not hold`, or `cannot be decided` (FEWEST_EMOTIONS, FEWEST_CONTROLS)."""
+    `verdict`: `holds` if both family-wise p are at most 0.05, `does not hold` if the 95 % interval of one of the two effects lies below SMALLEST_EFFECT,
+    else `cannot be decided`, as with too few words (FEWEST_EMOTIONS, FEWEST_CONTROLS)."""
     per_emotion: pd.DataFrame
     """language, emotion, own, others, control (percentiles), n_words."""
     words: pd.DataFrame
@@ -74,17 +77,20 @@ class MeaningTable:
 
     def __str__(self) -> str:
         rows = self.table.to_dict("records")
-        decided = [r for r in rows if r["verdict"] != UNDECIDED]
-        foreign = [r for r in decided if r["language"] != ENGLISH]
+        measured = [r for r in rows if np.isfinite(r["effect"])]
+        foreign = [r for r in measured if r["language"] != ENGLISH]
         found = sum(r["verdict"] == "holds" for r in foreign)
         effects = {
-            r["language"]: f"{r['language']} {r['effect']:+.1f} [{r['low']:+.1f}, {r['high']:+.1f}]" for r in decided
+            r["language"]: f"{r['language']} {r['effect']:+.1f} [{r['low']:+.1f}, {r['high']:+.1f}]" for r in measured
         }
-        left = ", ".join(r["language"] for r in rows if r["verdict"] == UNDECIDED)
+        left = ", ".join(r["language"] for r in rows if not np.isfinite(r["effect"]))
+        unsure = ", ".join(r["language"] for r in measured if r["verdict"] == UNDECIDED)
+        fails = ", ".join(r["language"] for r in measured if r["verdict"] == "does not hold")
         return (
             f"{self.provenance.title}, layer {self.layer} of {self.n_layers}: in {found} of {len(foreign)} foreign languages the words of an emotion stand "
             f"higher under its vector than under others' and than everyday words (family-wise p <= 0.05, {self.n_permutations} relabellings)\n"
-            f"percentile points above other vectors: {', '.join(effects.values()) or 'none decided'}"
+            f"percentile points above other vectors: {', '.join(effects.values()) or 'none measured'}\n"
+            f"an effect of {SMALLEST_EFFECT:g} points is excluded in: {fails or 'none'}; neither shown nor excluded in: {unsure or 'none'}"
             + (f"\ncannot be decided (too few words with a token of their own): {left}" if left else "")
         )
 
@@ -354,6 +360,12 @@ def _judge(measured: list[_Measured]) -> pd.DataFrame:
                 for i, p, p_family in zip(family, found.p.tolist(), found.p_family.tolist(), strict=True):
                     rows[i] |= {f"{prefix}p": p, f"{prefix}p_family": p_family}
     for row in rows:
-        holds = row["p_family"] <= 0.05 and row["control_p_family"] <= 0.05
-        row["verdict"] = UNDECIDED if np.isnan(row["p_family"]) else "holds" if holds else "does not hold"
+        row["verdict"] = verdict_of(row)
     return pd.DataFrame(rows)
+
+
+def verdict_of(row: Mapping[str, Any]) -> str:
+    """Verdict on a language by a row of MeaningTable: what is not significant may still be there, unless its interval excludes an effect worth a name."""
+    if row["p_family"] <= 0.05 and row["control_p_family"] <= 0.05:
+        return "holds"
+    return "does not hold" if min(row["high"], row["control_high"]) < SMALLEST_EFFECT else UNDECIDED

@@ -322,17 +322,14 @@ def plot_verification(found: Verification, *, title: str | None = None) -> go.Fi
             error_y={"type": "data", "symmetric": False, "array": high - rate, "arrayminus": rate - low},
             hovertemplate=f"{criterion} at %{{x}}: %{{y:.2f}}<extra></extra>",
         )  # fmt: skip
-        figure.add_scatter(
-            x=x, y=own["random"], mode="markers", name=f"random directions: {criterion}",
-            marker={"color": colours[criterion], "size": 11, "symbol": "line-ew-open", "line": {"width": 3}},
-            hovertemplate=f"random, {criterion} at %{{x}}: %{{y:.2f}}<extra></extra>",
-        )  # fmt: skip
-        if bool(own["other"].notna().any()):
-            figure.add_scatter(
-                x=x, y=own["other"], mode="markers", name=f"another emotion: {criterion}",
-                marker={"color": colours[criterion], "size": 11, "symbol": "diamond-open", "line": {"width": 2}},
-                hovertemplate=f"another emotion, {criterion} at %{{x}}: %{{y:.2f}}<extra></extra>",
-            )  # fmt: skip
+        looks = {"random": ("random directions", "line-ew-open", 3), "spread": ("random in the emotions' spread", "x-thin-open", 2), "other": ("another emotion", "diamond-open", 2)}  # fmt: skip
+        for control, (words, symbol, width) in looks.items():
+            if bool(own[control].notna().any()):
+                figure.add_scatter(
+                    x=x, y=own[control], mode="markers", name=f"{words}: {criterion}",
+                    marker={"color": colours[criterion], "size": 11, "symbol": symbol, "line": {"width": width}},
+                    hovertemplate=f"{words}, {criterion} at %{{x}}: %{{y:.2f}}<extra></extra>",
+                )  # fmt: skip
     gap, (successes, n) = found.difference(), found.successes()
     text = (
         f"{found.provenance.title}, strength {found.strength:+g}: target rises in {successes} of {n} scenarios<br>{float(gap.estimate):+.2f} "

@@ -60,6 +60,11 @@ def read_prefix(model: LensModel, heads: Sequence[Sequence[int]]) -> Prefix | No
     return Prefix(found, which, mask[which])
 
 
+def is_hooked(model: Any) -> bool:
+    """Whether hooks stand on the model. What they do to a position may depend on the pass that it is read in, so a prompt must then not be read once for all."""
+    return any(getattr(module, "fwd_hooks", None) for module in model.modules())
+
+
 def pad_left(
     rows: Sequence[Sequence[int]], filler: int
 ) -> tuple[Int[Tensor, "row position"], Int[Tensor, "row position"]]:

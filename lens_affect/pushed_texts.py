@@ -27,6 +27,10 @@ UNSTEERED = ("unsteered", "unsteered_again")
 """Two samples of every prompt without steering: the second says how far two texts differ by chance."""
 CALIBRATION_TEXTS = 8
 """Unsteered texts on which the strength of several layers is set first."""
+RANDOM = ("random", "random_in_spread")
+"""Controls that draw directions for each prompt, the same for every emotion."""
+FEWEST_IN_SPREAD = 3
+"""Emotions that random directions in their spread need: the raw vectors of two around their grand mean are each other's opposite."""
 log = logging.getLogger(__name__)
 
 
@@ -92,20 +96,36 @@ def plan_controls(
     Args:
         targets: emotions that each prompt is steered to.
         doses: strengths.
-        controls: `random`, `other_emotion`.
+        controls: names from doses.CONTROLS.
         n_random: random directions per prompt.
         known: emotions that there are vectors for.
         seed: of the draw of other emotions.
+
+    Raises:
+        ValueError: no other emotion, or too few for directions in their spread.
     """
     emotions = dict.fromkeys(e for of_prompt in targets for e in of_prompt)
     asked = [(e, p) for e in emotions for p in range(len(targets)) if e in targets[p]]
     rows = [Planned("steered", e, e, s, p) for s in doses for e, p in asked]
-    if "random" in controls:
-        # The first direction of a prompt has the prompt's own number, so asking for more changes none of those before.
-        names = [(p, f"random {p}" + (f".{k}" if k else "")) for k in range(n_random) for p in range(len(targets))]
-        rows += [Planned("random", "", name, s, p) for s in doses for p, name in names]
+    named = [e for e in known if e != NEUTRAL]
+    if RANDOM[1] in controls and len(named) < FEWEST_IN_SPREAD:
+        raise ValueError(
+            f"received controls {list(controls)} with vectors of {named}; the spread of fewer than {FEWEST_IN_SPREAD} emotions is the target and its "
+            f"opposite: leave {RANDOM[1]!r} out, or fit vectors of more emotions"
+        )
+    for kind in RANDOM:
+        if kind in controls:
+            # The first direction of a prompt has the prompt's own number, so asking for more changes none of those before.
+            numbers = [(p, f"{p}" + (f".{k}" if k else "")) for k in range(n_random) for p in range(len(targets))]
+            rows += [Planned(kind, "", f"{kind.replace('_', ' ')} {name}", s, p) for s in doses for p, name in numbers]
     if "other_emotion" in controls:
-        others = {e: [o for o in known if o not in (e, NEUTRAL)] for e in emotions}
+        others = {e: [o for o in named if o != e] for e in emotions}
+        alone = [e for e, found in others.items() if not found]
+        if alone:
+            raise ValueError(
+                f"received controls {list(controls)} with vectors of {named}; there is no emotion other than {alone[0]}: leave 'other_emotion' out, or fit "
+                "vectors of more emotions"
+            )
         drawn = {
             e: derive_generator(seed, "other emotion", e).integers(0, len(others[e]), len(targets)) for e in emotions
         }
@@ -242,10 +262,12 @@ class Writer:
             width = self.vectors.directions.shape[-1]
             drawn = derive_generator(self.seed, "random direction", row.vector).standard_normal(width)
             unit = torch.from_numpy(drawn / np.linalg.norm(drawn)).float().expand(len(self.layers), -1)
+        elif row.kind == RANDOM[1]:
+            unit = direction_in_spread(self.vectors, self.layers, derive_generator(self.seed, RANDOM[1], row.vector))
         else:
             unit = torch.stack([self.vectors.vector(row.vector, layer) for layer in self.layers])
         # One first calibration serves all random directions: they differ by chance only.
-        key = ("random" if row.kind == "random" else row.vector, row.strength)
+        key = (row.kind if row.kind in RANDOM else row.vector, row.strength)
         if key not in self._scales:
             self._scales[key] = self._calibrated(unit, row.strength)
         scale = factor * self._scales[key]
@@ -267,6 +289,38 @@ class Writer:
         )
 
 
+def direction_in_spread(
+    vectors: EmotionVectors, layers: Sequence[int], generator: np.random.Generator
+) -> Float[Tensor, "layer d_model"]:
+    """A unit direction per layer, drawn from the covariance of the emotions' raw vectors (class mean minus baseline).
+
+    The sum of the raw vectors, each times a standard normal number, is normal with covariance sum over emotions of v v': it lies where texts of different
+    emotions differ and has their anisotropy, which isotropic directions have not; only which emotion it stands for is left to chance. The numbers are the
+    same at all layers. EmotionVectors keep no activations, so the spread of texts within an emotion is not in it. A draw is symmetric about 0 along the
+    target, and holds some of it (a mean squared cosine of one over the effective number of dimensions that the emotions span), so what it does
+    to a target is no less than nothing: a strict control, and one that says little where few emotions have vectors.
+
+    Args:
+        vectors: of FEWEST_IN_SPREAD emotions or more; `neutral` is left out.
+        layers: blocks that there are vectors for.
+        generator: of the normal numbers.
+
+    Raises:
+        ValueError: vectors that are all 0 at a layer.
+    """
+    kept = [i for i, e in enumerate(vectors.emotions) if e != NEUTRAL]
+    at = [vectors.layers.index(layer) for layer in layers]
+    units = torch.nn.functional.normalize(vectors.directions[kept][:, at].double(), dim=-1)
+    weights = torch.from_numpy(generator.standard_normal(len(kept)))
+    drawn = torch.einsum("e,eld->ld", weights, vectors.raw_norms[kept][:, at].double()[..., None] * units)
+    length = drawn.norm(dim=-1, keepdim=True)
+    if bool((length == 0).any()):
+        raise ValueError(
+            f"received vectors that are all 0 at one of layers {list(layers)}; they have no spread: choose other layers"
+        )
+    return (drawn / length).float()
+
+
 def by_cell(texts: Sequence[PushedText]) -> dict[Cell, list[int]]:
     """Places of the texts of each cell, in order of appearance."""
     found: dict[Cell, list[int]] = {}
@@ -282,7 +336,10 @@ def mean_change(texts: Sequence[PushedText]) -> float:
 
 
 def control_targets(texts: Sequence[PushedText]) -> dict[Cell, float]:
-    """Mean change of the steered texts that stand beside each control: of its emotion, or of all where it serves all (random directions)."""
+    """Mean change of the steered texts that stand beside each control: of its emotion, or of all where it serves all (random directions).
+
+    Random texts are written once for all emotions, so they can equal the mean over these only; DoseResponse.control_changes says how far that is from each.
+    """
     cells, found = by_cell(texts), {}
     for cell in cells:
         kind, emotion, strength = cell

@@ -14,8 +14,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lens_affect.adapter import LensModel, add_hooks, context_window, device_of, pad_token_id, run_trunk
-from lens_affect.generation import Intervention, Scope, change_along, in_scope, measured_positions
-from lens_affect.prefixes import read_prefix
+from lens_affect.generation import (
+    Intervention,
+    Scope,
+    change_along,
+    in_scope,
+    measured_positions,
+    telling_response,
+)
+from lens_affect.prefixes import is_hooked, read_prefix
 from lens_affect.recording import BATCH_TOKENS, slices, unembed
 from lens_affect.sites import resolve_site
 
@@ -56,12 +63,14 @@ def score_texts(
         model: a bridge or a HookedTransformer.
         heads: tokens of each prompt, special ones included.
         responses: tokens of each response.
-        interventions: what the steered model does to each row (Intervention.rows are row numbers of these texts); none with relative=True.
+        interventions: what the steered model does to each row (Intervention.rows are row numbers of these texts); none with relative=True. Hooks that
+            are on the model already act in both passes.
         batch_tokens: padded tokens per pass.
         progress: called with (texts done, texts in all).
 
     Raises:
-        ValueError: other numbers of heads and responses, an empty head, a text beyond the context window, or a relative intervention.
+        ValueError: other numbers of heads and responses, an empty head, a text beyond the context window, a relative intervention, or a zero vector to
+            ablate or clamp.
     """
     _check(model, heads, responses, interventions)
     n = len(heads)
@@ -73,7 +82,7 @@ def score_texts(
         (i for i in range(n) if len(responses[i])), key=lambda i: (prompts[tuple(heads[i])], -len(responses[i]))
     )
     done = 0
-    with reader:
+    with telling_response(lambda: reader.response), reader:
         while order:
             at_once = _at_once(order, heads, responses, batch_tokens)
             rows, order = order[:at_once], order[at_once:]
@@ -112,6 +121,10 @@ def _check(
         raise ValueError(
             f"received a text of {longest} tokens; the context window holds {context_window(model)}: shorten it"
         )
+    if any(change.mode != "add" and bool((change.vector.norm(dim=-1) == 0).any()) for change in interventions):
+        raise ValueError(
+            "received a zero vector to ablate or to clamp; a direction is needed: pass a vector with a length"
+        )
     if any(change.relative for change in interventions):
         raise ValueError(
             "received a relative intervention, whose dose depends on how the text was written; scored are fixed doses only"
@@ -132,11 +145,11 @@ class _Reader:
             hooks.append((post.at(self._last), self._keep("changed")))
         hooks.append((post.at(n_layers - 1), self._keep("final")))
         self._hooks = hooks
-        self._shares = all(c.scope == "response" for c in interventions)
+        self._shares = all(c.scope == "response" for c in interventions) and not is_hooked(model)
         prompts_only = bool(interventions) and all(c.scope == "prompt" for c in interventions)
         self._measured_scope: Scope = "prompt" if prompts_only else "response"
         self._rows: list[int] = []
-        self._response = torch.empty(0)
+        self.response = torch.empty(0)
         self._real = torch.empty(0)
         self._taken: dict[str, Tensor] = {}
         self._seen: dict[tuple[str, bool], Tensor] = {}
@@ -169,7 +182,7 @@ class _Reader:
                 vector = vector[[row if of_row is None else of_row[row] for _, row in mine]][:, None, :]
             flat = value.flatten(2)
             part, changed = flat[where], flat.clone()
-            inside = (self._real[where] & in_scope(change.scope, self._response[where]))[:, :, None]
+            inside = (self._real[where] & in_scope(change.scope, self.response[where]))[:, :, None]
             changed[where] = torch.where(inside, change_along(part, vector.to(part), change.mode), part)
             return changed.view(value.shape)
 
@@ -193,7 +206,7 @@ class _Reader:
         real = place < lengths
         predicting = (place >= first - 1) & (place < lengths - 1)
         measured = measured_positions(self._measured_scope, place, first, real)
-        self._rows, self._response, self._real = rows, (place >= first - 1).to(device), real.to(device)
+        self._rows, self.response, self._real = rows, (place >= first - 1).to(device), real.to(device)
         self._taken = {"final": predicting.to(device), "changed": measured.to(device)}
         mask = real.long().to(device)
         for steered in (False, True) if self._interventions else (False,):

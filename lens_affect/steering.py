@@ -29,7 +29,16 @@ from lens_affect.adapter import (
     pad_token_id,
     run_trunk,
 )
-from lens_affect.generation import Intervention, Mode, Scope, change_along, in_scope, measured_positions
+from lens_affect.generation import (
+    Intervention,
+    Mode,
+    Scope,
+    change_along,
+    in_scope,
+    measured_positions,
+    told_response,
+)
+from lens_affect.selfchecks import ensure_checked
 from lens_affect.sites import resolve_site
 from lens_affect.stimuli import NEUTRAL, load_stimuli
 from lens_affect.vectors import EmotionVectors
@@ -105,7 +114,7 @@ class Push:
     emotion: str
     """Whose direction it is, or a name for it."""
     strength: float
-    """The dose, as a share of the residual norm."""
+    """The dose, as a share of the residual norm; 0 of `ablate`."""
 
     def interventions(self, rows: tuple[int, ...] | None = None) -> tuple[Intervention, ...]:
         """For generation.generate, on these rows or on all."""
@@ -121,7 +130,7 @@ def make_push(
     emotion: str,
     *,
     layers: int | Sequence[int] | None = None,
-    strength: float,
+    strength: float | None = None,
     scope: Scope = "response",
     mode: Mode = "add",
     protocol: Protocol = "lens_affect",
@@ -133,25 +142,36 @@ def make_push(
         vectors: directions of this model, read at resid_post.
         emotion: one of theirs.
         layers: one block, several (each gets its own direction and the same strength; see calibrate), or None for the middle one.
-        strength: share of the residual norm; negative pushes away. Ignored by `ablate`.
+        strength: share of the residual norm; negative pushes away. `ablate` needs none.
         scope: `response` (positions whose output predicts a response token), `prompt` or `all`.
-        mode: `add` the direction; `ablate` what lies along it; `clamp` that component to the dose.
+        mode: `add` the direction; `ablate` what lies along it; `clamp` that component to the dose (to 0 is to ablate it, and Push.mode says so).
         protocol: `jeong2026` follows the author's rule: by default all layers, one vector (from layer n_layers // 2, or the only one in `layers`'s
             place of `vectors.layers`), all positions, and a dose that each pass takes from its own mean norm, first token included.
 
     Raises:
-        ValueError: a strength that is not finite or beyond STRENGTH_LIMIT, a layer or emotion that is not there, or vectors of another
-            model or site.
+        ValueError: a strength that is missing, not finite or beyond STRENGTH_LIMIT, a layer or emotion that is not there, a direction of length 0 to
+            ablate or clamp, or vectors of another model or site.
     """
+    if mode == "ablate":
+        strength = 0.0
+    if strength is None:
+        raise ValueError(
+            f"received no strength for mode={mode!r}; allowed is none for 'ablate' only: pass strength=0.4, say"
+        )
     check_strength(strength)
+    if mode == "clamp" and strength == 0:
+        mode = "ablate"  # a component set to 0: the same operation, and a dose of 0 has no direction
     require_steerable(model, vectors)
     n_layers = int(model.cfg.n_layers)
     jeong = protocol == "jeong2026"
     chosen = tuple(range(n_layers)) if jeong and layers is None else choose_layers(layers, n_layers)
+    unit = torch.stack([vectors.vector(emotion, n_layers // 2 if jeong else layer) for layer in chosen])
+    if mode != "add" and bool((unit == 0).all(dim=-1).any()):
+        raise ValueError(
+            f"received {emotion!r}, whose direction has length 0 at one of layers {list(chosen)}; nothing can be set along it: choose others"
+        )
     if jeong:
-        unit = vectors.vector(emotion, n_layers // 2).expand(len(chosen), -1)
-        return Push(chosen, strength * unit, mode, "all", True, emotion, strength)
-    unit = torch.stack([vectors.vector(emotion, layer) for layer in chosen])
+        return Push(chosen, unit if mode == "ablate" else strength * unit, mode, "all", True, emotion, strength)
     lengths = torch.ones(len(chosen)) if mode == "ablate" else strength * residual_norms(model)[list(chosen)]
     return Push(chosen, unit * lengths[:, None], mode, scope, False, emotion, strength)
 
@@ -191,7 +211,7 @@ def steer(
     emotion: str,
     *,
     layers: int | Sequence[int] | None = None,
-    strength: float,
+    strength: float | None = None,
     scope: Scope = "response",
     mode: Mode = "add",
     protocol: Protocol = "lens_affect",
@@ -199,20 +219,20 @@ def steer(
 ) -> Iterator[Push]:
     """Steer every forward pass inside the block; after it, and after an exception, the model is as before.
 
-    A pass does not say where the prompt ends. With a key-value cache, a pass over one position is response; of a pass over several positions
-    those from `prompt_length - 1` on are, or only the last where no length is given. generation.generate knows by itself: give it
-    `make_push(...).interventions()`, which also steers each row its own way.
+    generation.generate and scoring.score_texts say where each row's response begins. Other passes do not: one over a single position is response;
+    of one over several positions those from `prompt_length - 1` on are, or only the last where no length is given. Give generate
+    `make_push(...).interventions()` to steer each row its own way.
 
     Args:
         model: a bridge or a HookedTransformer.
         vectors: directions of this model, read at resid_post.
         emotion: one of theirs.
         layers: see make_push, as for the other arguments.
-        strength: share of the residual norm.
+        strength: share of the residual norm; `ablate` needs none.
         scope: `response`, `prompt` or `all`.
         mode: `add`, `ablate` or `clamp`.
         protocol: `lens_affect` or `jeong2026`.
-        prompt_length: tokens of the prompt, special ones included, for passes over a whole text.
+        prompt_length: tokens of the prompt, special ones included, for other passes over a whole text.
 
     Yields:
         What is added.
@@ -227,6 +247,7 @@ def steer(
     push = make_push(
         model, vectors, emotion, layers=layers, strength=strength, scope=scope, mode=mode, protocol=protocol
     )
+    ensure_checked(model)  # which generate would do inside the block, where it would find another model
     with add_hooks(model, _hooks(model, push, prompt_length)):
         yield push
 
@@ -243,8 +264,10 @@ def _edit(push: Push, vector: Float[Tensor, " d_model"], prompt_length: int | No
     def hook(value: Tensor, hook: Any = None) -> Tensor:
         direction = vector.to(value)
         if push.relative:
-            direction = direction * value.norm(dim=-1).mean()
-        inside = in_scope(push.scope, _response(value.shape[1], prompt_length)).to(value.device)[None, :, None]
+            direction = direction * value.norm(dim=-1).mean(1)[:, None, None]
+        told = told_response(value.shape[1])
+        response = _response(value.shape[1], prompt_length) if told is None else told
+        inside = in_scope(push.scope, response).to(value.device)[..., None]
         return torch.where(inside, change_along(value, direction, push.mode), value)
 
     return hook

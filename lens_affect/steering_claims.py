@@ -9,9 +9,12 @@ import pandas as pd
 from scipy import stats
 
 from lens_affect.boundaries import compare_onsets
-from lens_affect.statistics import jackknife_interval
+from lens_affect.crosslingual import HOME
+from lens_affect.meaning import SMALLEST_EFFECT
+from lens_affect.statistics import Interval, jackknife_interval
 from lens_affect.steering_study import SteeringStudy
 from lens_affect.verdicts import FAILS, FAMILIES_NEEDED, HOLDS, OPEN, ModelFacts, by_sign, claim_row
+from lens_affect.verification import WORDS
 
 REGIMES = ("surgical", "repetitive_collapse", "explosive")
 """The three of the paper."""
@@ -19,6 +22,8 @@ SURE = 0.95
 """Bootstrap probability from which a cell's regime counts as seen."""
 APART = 0.8
 """AUC from which two kinds of text count as told apart."""
+SMALLEST_SHARE = 0.05
+"""Smallest difference in the share of raised tokens whose absence is stated."""
 
 
 def steering_rows(
@@ -45,31 +50,50 @@ def _causal(study: SteeringStudy) -> list[dict[str, Any]]:
     if found is None:
         return []
     rows = []
+    table = found.to_frame()
     for criterion in ("rises", "strict"):
-        interval = found.difference(criterion)
+        against = {control: found.difference(criterion, control=control) for control in found.controls}
+        hardest = min(against, key=lambda control: np.nan_to_num(float(against[control].low), nan=-math.inf))
+        interval = against[hardest]
         successes, n = found.successes(criterion)
-        own = found.table[found.table["strength"] == found.strength]
-        random = np.asarray(own[f"{criterion}_random"], dtype=float)
+        at = (table["strength"] == found.strength) & (table["criterion"] == criterion) & (table["pull"] == "all")
+        own: dict[str, Any] = pd.DataFrame(table[at]).to_dict("records")[0]
+        stated = [
+            f"{WORDS[c]} {own[c]:.2f} (difference {float(i.estimate):+.2f} [{float(i.low):+.2f}, {float(i.high):+.2f}])"
+            for c, i in against.items()
+        ]
+        sound = [f"{WORDS[c]} {own[f'sound_{c}']:.2f}" for c in against if math.isfinite(own[f"sound_{c}"])]
+        missing = "" if "other" in against else "; no other emotion's directions to compare with"
         rows.append(
             claim_row(
                 "P8",
                 "steering makes texts express the target emotion",
                 "37 of 40 scenarios, without a control",
-                "holds if the 95 % interval over topics of success - share of random directions that succeed lies above 0, does not hold if below",
+                "holds if the 95 % intervals over topics of success - share of a control's directions that succeed lie above 0 for random directions and for those of "
+                "another emotion of equal achieved change, does not hold if one lies below, cannot be decided without another emotion's",
                 paper_statistic=successes / n if n else math.nan,
                 sound_statistic=float(interval.estimate),
                 low=float(interval.low),
                 high=float(interval.high),
-                null=float(np.nanmean(random)) if np.isfinite(random).any() else math.nan,
+                null=own[hardest],
                 n=n,
-                verdict=by_sign(interval),
+                verdict=_above_all(against),
                 model=found.provenance.title,
                 source=criterion,
                 note=f"{successes} of {n} at strength {found.strength:+g}; {found.judge}; {found.n_random} random directions per scenario; paper's statistic: "
-                "success rate; null: the same of random directions",
+                f"success rate; sound statistic and null: against {WORDS[hardest]}, where the difference is least sure; {'; '.join(stated)}{missing}; sound texts: "
+                f"steered {own['sound']:.2f}" + "".join(f", {s}" for s in sound),
             )
         )
     return rows
+
+
+def _above_all(against: Mapping[str, Interval]) -> str:
+    """Random directions may break texts that an emotion's of equal change leave whole, so success must be above that of another emotion's too."""
+    verdicts = {by_sign(interval) for interval in against.values()}
+    if FAILS in verdicts:
+        return FAILS
+    return HOLDS if verdicts == {HOLDS} and "other" in against else OPEN
 
 
 def _regimes(study: SteeringStudy) -> dict[str, Any]:
@@ -139,34 +163,41 @@ def _foreign(study: SteeringStudy) -> list[dict[str, Any]]:
     scripts, meaning = study.scripts, study.meaning
     if scripts is None or meaning is None:
         return []
-    above = [
-        s
-        for s, p in zip(scripts.scripts, scripts.p_family.tolist(), strict=True)
-        if p <= 0.05 and s not in ("Latin", "Common", "special", "partial")
-    ]
+    above = [s for s, p in zip(scripts.scripts, scripts.p_family.tolist(), strict=True) if p <= 0.05 and s not in HOME]
     holds = meaning.table[(meaning.table["verdict"] == "holds") & (meaning.table["language"] != "English")]
     languages = [str(name) for name in holds["language"]]
     share = scripts.foreign.double()
     half = float(stats.t.ppf(0.975, len(share) - 1) * share.std() / math.sqrt(len(share)))
-    decided = bool((meaning.table["verdict"] != "cannot be decided").any())
-    verdict = HOLDS if above and languages else FAILS if decided else OPEN
+    foreign = scripts._foreign
+    most = (scripts.high - scripts.random.mean(0))[foreign]
+    no_script = not above and bool((most < SMALLEST_SHARE).all())
+    verdicts = [str(v) for v in meaning.table[meaning.table["language"] != "English"]["verdict"]]
+    # Languages whose words have no tokens say nothing; one that stays open leaves the claim open.
+    measured = [
+        v
+        for v, e in zip(verdicts, meaning.table[meaning.table["language"] != "English"]["effect"], strict=True)
+        if math.isfinite(e)
+    ]
+    no_meaning = bool(measured) and all(v == FAILS for v in measured)
+    verdict = HOLDS if above and languages else FAILS if no_script or no_meaning else OPEN
     return [
         claim_row(
             "P11",
             "emotion vectors bring up foreign tokens of matching meaning",
             "in Qwen",
             "holds if some foreign script is above random directions (family-wise p <= 0.05) and the words of some foreign language above other emotions' vectors and "
-            "everyday words; does not hold if one of the two is missing",
+            f"everyday words; does not hold if the 95 % interval over emotions of every foreign script's share lies below {SMALLEST_SHARE} above random directions', or "
+            f"if in every foreign language that is measured the interval of an effect lies below {SMALLEST_EFFECT:g} percentile points; else it cannot be decided",
             sound_statistic=float(share.mean()),
             low=float(share.mean()) - half,
             high=float(share.mean()) + half,
-            null=float(scripts.vocabulary[scripts._foreign].sum()),
+            null=float(scripts.random[:, foreign].sum(1).mean()),
             n=len(share),
             verdict=verdict,
             model=scripts.provenance.title,
             source=f"layer {scripts.layer}",
-            note=f"share of the top {scripts.k} tokens in foreign scripts (interval over emotions; null: share of the vocabulary); scripts above random: "
-            f"{', '.join(above) or 'none'}; meaning holds in: {', '.join(languages) or 'none'}",
+            note=f"share of the top {scripts.k} tokens in foreign scripts (interval over emotions; null: the same of random directions; of the vocabulary "
+            f"{float(scripts.vocabulary[foreign].sum()):.2f}); scripts above random: {', '.join(above) or 'none'}; meaning holds in: {', '.join(languages) or 'none'}",
         )
     ]
 

@@ -1,5 +1,7 @@
 """Commands that push a model: `lens-affect steer`, `lens-affect regimes`."""
 
+import re
+from json import dumps, loads
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +17,11 @@ from lens_affect.console import (
     show_progress,
 )
 
+SPOKEN = {"English": "passages", "Spanish": "passages_es", "Chinese": "passages_zh"}
+"""Languages whose vectors are tried in each other, with our texts."""
+COMMAND = "command.json"
+"""File in a study's folder that says which command made it, and whether it came to its end."""
+
 
 def steer(
     model: Annotated[str, typer.Argument(help="Catalogue name, hub id, folder or GGUF file.")],
@@ -23,7 +30,12 @@ def steer(
     strength: Annotated[
         str, typer.Option(help="Comma-separated shares of the residual stream's norm; negative pushes away.")
     ] = "0.4",
-    layers: Annotated[str, typer.Option(help="Comma-separated 0-based blocks; the middle one by default.")] = "",
+    layers: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated 0-based blocks; the best one of the run in --vectors, or the middle one, by default."
+        ),
+    ] = "",
     vectors: Annotated[str, typer.Option(help=VECTORS_HELP)] = "",
     tokens: Annotated[int, typer.Option(help="Longest text.")] = 48,
     seed: Annotated[int, typer.Option(help="Of sampling and of the random direction.")] = 0,
@@ -38,8 +50,8 @@ def steer(
         from lens_affect.doses import UNSTEERED, sweep_strengths
         from lens_affect.models import load_model
 
-        found = saved_vectors(vectors)[0] if vectors else None
-        strengths, chosen = parse_numbers(strength, float, "--strength"), parse_numbers(layers, int, "--layers")
+        found, _, best = saved_vectors(vectors) if vectors else (None, "", None)
+        strengths, chosen = parse_numbers(strength, float, "--strength"), _layers(layers, best)
         with show_progress(quiet or json) as report:
             with report("load the model"):
                 lens = load_model(model, dtype="float32")
@@ -51,8 +63,9 @@ def steer(
                     found,
                     [prompt],
                     emotions=[emotion],
-                    layers=chosen or None,
+                    layers=chosen,
                     strengths=strengths,
+                    controls=("random",),
                     n_tokens=tokens,
                     seed=seed,
                     progress=progress,
@@ -89,8 +102,19 @@ def regimes(
         bool, typer.Option("--verify", help="Also steer 40 scenarios, with five random directions each.")
     ] = False,
     languages: Annotated[
-        bool, typer.Option("--languages", help="Also look at foreign tokens that the vectors raise.")
+        bool,
+        typer.Option(
+            "--languages",
+            help="Also look at foreign tokens that the vectors raise, and try vectors of English, Spanish and Chinese in each other.",
+        ),
     ] = False,
+    reading: Annotated[
+        str,
+        typer.Option(
+            help="Also correlate the judge with what vectors from other texts read inside the model: their folder, or `halves`, which fits both from our "
+            "passages, half of the topics to steer and half to read."
+        ),
+    ] = "",
     bisect: Annotated[
         str, typer.Option(help="Comma-separated emotions whose boundaries between regimes are searched by bisection.")
     ] = "",
@@ -98,9 +122,13 @@ def regimes(
     run: Annotated[
         str, typer.Option(help="Folder of a sweep: its vectors are used, and the study goes into its report.")
     ] = "",
-    out: Annotated[str, typer.Option(help="Folder of the study; runs/regimes-MODEL by default.")] = "",
+    out: Annotated[
+        str, typer.Option(help="Folder of the study; runs/regimes-MODEL by default, with - for each / in the name.")
+    ] = "",
     seed: Annotated[int, typer.Option(help="Of sampling and of random directions.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Print the study if the folder holds one.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Print the study if the folder holds it, or make its missing parts.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
@@ -112,27 +140,42 @@ def regimes(
         from lens_affect.report import write_report
         from lens_affect.scenarios import load_scenarios
         from lens_affect.steering_study import SteeringStudy, study_steering
+        from lens_affect.stimuli import load_stimuli
         from lens_affect.style import save_figure
         from lens_affect.sweeps import STEERING, load_sweep
 
-        folder = Path(run) / STEERING / "neutral" if run else Path(out or f"runs/regimes-{Path(model).stem}")
-        if (folder / "regimes").exists():
-            if not resume:
-                raise FileExistsError(
-                    f"received {folder}, which holds a study; choose another folder with --out, remove it, or print it with --resume"
-                )
+        folder = Path(run) / STEERING / "neutral" if run else Path(out or f"runs/regimes-{slug(model)}")
+        said = {"model": model, "emotions": emotions, "prompts": prompts, "strengths": strengths, "layers": layers}
+        said |= {"vectors": vectors, "judge": judge, "verify": verify, "languages": languages, "reading": reading}
+        said |= {"bisect": bisect, "tokens": tokens, "run": run, "seed": seed}
+        if _is_finished(folder, said, resume):
             print(SteeringStudy.load(folder))
             return
+        if reading == "halves" and (vectors or run):
+            raise ValueError(
+                "received --reading halves with --vectors or --run; allowed is --reading halves alone, which fits both from our passages, or a folder of "
+                "vectors from other texts than those that steer"
+            )
         found, _, best = saved_vectors(vectors or run) if vectors or run else (None, "", None)
+        reads = saved_vectors(reading)[0] if reading and reading != "halves" else None
         asked = load_scenarios(prompts) if prompts else None
-        chosen = parse_numbers(layers, int, "--layers") or ([best] if best is not None else None)
+        chosen = _layers(layers, best)
         doses = parse_numbers(strengths, float, "--strengths") or "auto"
         reader: Any = load_judge(judge)
+        spoken = {language: load_stimuli(name) for language, name in SPOKEN.items()} if languages else None
         with show_progress(quiet or json) as report:
             with report("load the model"):
                 lens = load_model(model, dtype="float32")
-            if found is None:
+            if reading == "halves":
+                topics = list(dict.fromkeys(load_stimuli("passages").groups))
+                found, reads = (fit_on_passages(lens, None, report, topics=topics[half::2])[0] for half in (0, 1))
+            elif found is None:
                 found, _ = fit_on_passages(lens, None, report)
+            if reads is not None and reads.provenance.stimuli_hash == found.provenance.stimuli_hash:
+                raise ValueError(
+                    f"received --reading {reading}, whose vectors are from the texts of those that steer; allowed are vectors from other texts, or halves"
+                )
+            _note(folder, said, finished=False)
             with report("push") as progress:
                 study = study_steering(
                     lens,
@@ -144,20 +187,64 @@ def regimes(
                     strengths=doses,
                     scenarios=load_scenarios() if verify else None,
                     languages=languages,
+                    transfer=spoken,
                     bisected=list(filter(None, bisect.split(","))),
+                    reading=reads,
+                    folder=folder,
                     n_tokens=tokens,
                     seed=seed,
                     progress=progress,
                 )
-        study.save(folder)
         study.regimes.table.to_csv(folder / "regimes.csv", index=False)
         for name in ("perplexity_ratio", "repetition"):
             save_figure(plot_dose(study.dose, measure=name), folder / f"dose-{name}", study.dose)
         page = save_figure(plot_regimes(study.regimes), folder / "regimes-figure", study.regimes)
         if run:
             page = write_report(load_sweep(run))
+        _note(folder, said, finished=True)
         if json:
             print(study.regimes.to_frame().to_json(orient="records", indent=1))
             return
         print(study)
         print(f"{'Report' if run else 'Figure'}: {page.absolute()}")
+
+
+def slug(model: str) -> str:
+    """A folder's name for a model: its whole name, so that Llama-3.2-3B and Llama-3.1-8B have folders of their own."""
+    return re.sub(r"[^\w.+-]+", "-", model).strip("-.") or "model"
+
+
+def _layers(asked: str, best: int | None) -> list[int] | None:
+    """The layers that are asked for, else the best one of a run, else None for the middle one."""
+    return parse_numbers(asked, int, "--layers") or ([best] if best is not None else None)
+
+
+def _note(folder: Path, said: dict[str, Any], *, finished: bool) -> None:
+    from lens_affect.results import write_text_atomically
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(folder / COMMAND, dumps({"asked": said, "finished": finished}, indent=1))
+
+
+def _is_finished(folder: Path, said: dict[str, Any], resume: bool) -> bool:
+    """Whether the folder holds the study that is asked for, from beginning to end.
+
+    Raises:
+        FileExistsError: the folder holds a study, and no --resume was given, or it was asked for otherwise.
+    """
+    from lens_affect.steering_study import different, saved_parts
+
+    note = folder / COMMAND
+    before = loads(note.read_text(encoding="utf-8")) if note.is_file() else None
+    if saved_parts(folder):
+        if not resume:
+            raise FileExistsError(
+                f"received {folder}, which holds a study; choose another folder with --out, remove it, or print or finish it with --resume"
+            )
+        if before is None or before["asked"] != said:
+            raise FileExistsError(
+                f"received --resume for {folder}, which holds a study {different(before and before['asked'], said)}; give the same command, choose another "
+                "folder with --out, or remove it"
+            )
+        return bool(before["finished"])
+    return False

@@ -4,8 +4,11 @@ One call and one folder for what otherwise takes five; a report and a scorecard 
 """
 
 import html
+import inspect
+import json
 import os
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +16,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lens_affect.adapter import LensModel
-from lens_affect.boundaries import RegimeBoundaries, compare_onsets, locate_boundaries
+from lens_affect.activations import extract_activations
+from lens_affect.adapter import LensModel, model_info
+from lens_affect.boundaries import SEARCH, RegimeBoundaries, compare_onsets, locate_boundaries
 from lens_affect.crosslingual import ScriptTable, script_entanglement
-from lens_affect.doses import UNSTEERED, DoseResponse, sweep_strengths
+from lens_affect.doses import UNSTEERED, DoseResponse, SweepPlan, plan_sweep, sweep_strengths
 from lens_affect.inside import InsideOutside, correlate_inside
-from lens_affect.judgements import Judgement, judge_texts
+from lens_affect.judge_labels import MINIMUM_AUC
+from lens_affect.judgements import Judgement, can_name, judge_texts
 from lens_affect.judges import Judge
-from lens_affect.languages import TransferTable
+from lens_affect.languages import TransferTable, language_transfer
 from lens_affect.meaning import MeaningTable, foreign_meaning
+from lens_affect.pushed_texts import RANDOM
 from lens_affect.regimes import RegimeMap, classify_regimes, in_words
+from lens_affect.results import content_hash, write_text_atomically
 from lens_affect.scenarios import Scenarios, load_scenarios
 from lens_affect.scripts import script_shares, text_languages
 from lens_affect.statistics import cluster_means, mean_interval
+from lens_affect.steering import require_steerable
+from lens_affect.stimuli import Stimuli
 from lens_affect.vectors import EmotionVectors
 from lens_affect.verification import Verification, verify_steering
 
@@ -50,6 +59,8 @@ LANGUAGES = ("English", "Chinese", "Spanish", "French", "German", "Japanese", "R
 """Languages between which lingua chooses: English, and those of our word lists."""
 CONFIDENT = 0.8
 """Smallest probability (among the candidates) at which a text counts as being in a language."""
+ASKED = "asked.json"
+"""File beside the parts that says what was asked for."""
 BOUNDARIES = "boundaries"
 """Folder with one more part per emotion that was bisected."""
 
@@ -132,13 +143,27 @@ class SteeringStudy:
         return [(f"{in_words(label)} ({pushed})", text) for label, rows in found.items() for pushed, text in rows]
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Save every part in a folder of its own."""
-        for name in PARTS:
-            part = getattr(self, name)
-            if part is not None:
-                part.save(Path(folder) / name, overwrite=overwrite)
-        for found in self.boundaries:
-            found.save(Path(folder) / BOUNDARIES / found.emotion, overwrite=overwrite)
+        """Save every part in a folder of its own.
+
+        Args:
+            folder: of the study.
+            overwrite: replace a study that is there; parts that this one has not are removed.
+
+        Raises:
+            FileExistsError: the folder holds a part of a study, and `overwrite` is False.
+        """
+        there = saved_parts(folder)
+        if there and not overwrite:
+            raise FileExistsError(
+                f"received {folder}, which holds {', '.join(there)} of a study; choose another folder, or overwrite=True"
+            )
+        parts = {name: getattr(self, name) for name in PARTS} | {_boundary(b.emotion): b for b in self.boundaries}
+        kept = {name: part for name, part in parts.items() if part is not None}
+        for name, part in kept.items():
+            part.save(Path(folder) / name, overwrite=overwrite)
+        for name in there:
+            if name not in kept:
+                shutil.rmtree(Path(folder) / name)
         return Path(folder)
 
     @classmethod
@@ -173,6 +198,17 @@ class SteeringStudy:
         return f"<p>{html.escape(str(self)).replace(chr(10), '<br>')}</p>"
 
 
+def saved_parts(folder: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Parts of a study that a folder holds, boundaries as `boundaries/EMOTION`."""
+    there = [name for name in PARTS if (Path(folder) / name / "manifest.json").is_file()]
+    searched = sorted(path.parent.name for path in (Path(folder) / BOUNDARIES).glob("*/manifest.json"))
+    return (*there, *map(_boundary, searched))
+
+
+def _boundary(emotion: str) -> str:
+    return f"{BOUNDARIES}/{emotion}"
+
+
 def study_steering(
     model: LensModel,
     vectors: EmotionVectors,
@@ -186,13 +222,17 @@ def study_steering(
     verified_at: Sequence[float] = VERIFIED_AT,
     n_random: int = 5,
     languages: bool = False,
+    transfer: Mapping[str, Stimuli] | None = None,
     bisected: Sequence[str] = (),
     reading: EmotionVectors | None = None,
+    folder: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     **asked: Any,
 ) -> SteeringStudy:
     """Sweep doses on neutral prompts, judge and classify; verify on scenarios; look at scripts.
+
+    Whatever can be refused is refused before the first text is written.
 
     Args:
         model: what is steered.
@@ -206,38 +246,197 @@ def study_steering(
         verified_at: strengths on the scenarios; the first is the declared one.
         n_random: random directions per scenario.
         languages: also look at scripts and meaning of the tokens that the vectors raise.
+        transfer: matched texts per language, such as {"English": load_stimuli("passages"), "Spanish": load_stimuli("passages_es")}: they are read, and
+            vectors of each language are tried in the others (language_transfer).
         bisected: emotions whose boundaries between regimes are located by bisection, with new texts at every strength tried.
         reading: vectors from other texts than those that steer (half of the topics each, say): the texts on the prompts are projected on them, and that is
             correlated with the judge (correlate_inside).
+        folder: every part is saved there as soon as it is finished; parts that are there already and were asked for alike are taken as they are.
         seed: of sampling and controls.
         progress: called with (texts done, texts in all) of the sweep that runs.
-        asked: further options of sweep_strengths.
+        asked: further options of sweep_strengths, for all sweeps; `controls` are not for the search of boundaries.
 
     Raises:
-        ValueError: as sweep_strengths, judge_texts, verify_steering and correlate_inside.
+        ValueError: as sweep_strengths, judge_texts, verify_steering, correlate_inside and language_transfer; a judge that can name none of the targets of the
+            scenarios well enough, or none of the reading vectors' emotions; a folder with a study that was asked for otherwise.
 
     Example:
         >>> study_steering(model, vectors, load_judge(), layers=14, scenarios=load_scenarios())  # doctest: +SKIP
     """
-    if prompts is None:
-        neutral = load_scenarios("neutral")
-        prompts = neutral.select(rows=range(0, len(neutral), 2))
+    neutral = load_scenarios("neutral")
+    openings = neutral.select(rows=range(0, len(neutral), 2)) if prompts is None else prompts
     common: dict[str, Any] = {"layers": layers, "seed": seed, "progress": progress} | asked
-    dose = sweep_strengths(model, vectors, prompts, emotions=emotions, strengths=strengths, **common)
-    judgement = judge_texts(judge, dose.texts)
-    parts: dict[str, Any] = {"dose": dose, "judgement": judgement, "regimes": classify_regimes(dose, judgement)}
+    swept: dict[str, Any] = {"emotions": emotions, "strengths": strengths} | common
+    tried: dict[str, Any] = {"strengths": verified_at, "n_random": n_random} | common
+    searched = {k: v for k, v in common.items() if k not in ("controls", "n_random", "progress")}
+    _check_judge(judge)
+    at = _check_sweep(model, vectors, openings, swept).layers[-1]
+    for emotion in _listed(bisected):
+        _check_sweep(
+            model, vectors, openings, searched | {"emotions": [emotion], "strengths": SEARCH, "controls": ("random",)}
+        )
     if scenarios is not None:
-        tried = sweep_strengths(model, vectors, scenarios, strengths=verified_at, n_random=n_random, **common)
-        read = judge_texts(judge, tried.texts)
-        checked = verify_steering(tried, read, strength=verified_at[0], scenarios=scenarios)
-        parts |= {"scenario_dose": tried, "scenario_judgement": read, "verification": checked}
-    if languages:
-        parts["scripts"] = script_entanglement(model, vectors, layer=dose.layers[-1])
-        parts["meaning"] = foreign_meaning(model, vectors, layer=dose.layers[-1])
+        _check_scenarios(judge, _check_sweep(model, vectors, scenarios, tried), tried)
     if reading is not None:
-        parts["inside"] = correlate_inside(model, dose, judgement, reading, seed=seed)
-    parts["boundaries"] = tuple(
-        locate_boundaries(model, vectors, prompts, emotion, judge=judge, layers=layers, seed=seed, **asked)
+        _check_reading(model, judge, reading, at)
+    if transfer is not None and len(transfer) < 2:
+        raise ValueError(f"received transfer with {list(transfer)}; allowed are the texts of two languages or more")
+    part = _Parts(folder)
+    if folder is not None:
+        part.open(
+            {
+                "model": _of_model(model),
+                "vectors": _of_vectors(vectors),
+                "judge": judge.title,
+                "prompts": content_hash(
+                    openings.to_frame().to_dict() if isinstance(openings, Scenarios) else list(openings)
+                ),
+                "scenarios": scenarios and content_hash(scenarios.to_frame().to_dict()),
+                "transfer": transfer and {name: content_hash(texts.texts) for name, texts in transfer.items()},
+                "reading": reading and _of_vectors(reading),
+                **{
+                    "languages": languages,
+                    "bisected": list(bisected),
+                    "verified_at": list(verified_at),
+                    "n_random": n_random,
+                },
+                **{"emotions": list(emotions), "layers": layers, "strengths": strengths, "seed": seed},
+                **{k: v for k, v in asked.items() if k not in ("scorer", "rows_at_once")},
+                "scorer": asked.get("scorer") and _of_model(asked["scorer"]),
+            }
+        )
+    dose = part("dose", lambda: sweep_strengths(model, vectors, openings, **swept))
+    judgement = part("judgement", lambda: judge_texts(judge, dose.texts))
+    regimes = part("regimes", lambda: classify_regimes(dose, judgement))
+    found: dict[str, Any] = {"dose": dose, "judgement": judgement, "regimes": regimes}
+    if scenarios is not None:
+        texts = part("scenario_dose", lambda: sweep_strengths(model, vectors, scenarios, **tried))
+        read = part("scenario_judgement", lambda: judge_texts(judge, texts.texts))
+        verify = lambda: verify_steering(texts, read, strength=verified_at[0], scenarios=scenarios)  # noqa: E731
+        found |= {"scenario_dose": texts, "scenario_judgement": read, "verification": part("verification", verify)}
+    if languages:
+        found["scripts"] = part("scripts", lambda: script_entanglement(model, vectors, layer=at))
+        found["meaning"] = part("meaning", lambda: foreign_meaning(model, vectors, layer=at))
+    if transfer is not None:
+        found["transfer"] = part("transfer", lambda: _transfer(model, transfer, seed))
+    if reading is not None:
+        found["inside"] = part("inside", lambda: correlate_inside(model, dose, judgement, reading, seed=seed))
+    found["boundaries"] = tuple(
+        part(
+            _boundary(emotion),
+            lambda emotion=emotion: locate_boundaries(model, vectors, openings, emotion, judge=judge, **searched),
+        )
         for emotion in bisected
     )
-    return SteeringStudy(**parts)
+    return SteeringStudy(**found)
+
+
+@dataclass
+class _Parts:
+    """Makes the parts of a study, and keeps each in the folder as soon as it is there."""
+
+    folder: str | os.PathLike[str] | None
+
+    def open(self, asked: dict[str, Any]) -> None:
+        """Note what is asked for.
+
+        Raises:
+            ValueError: the folder holds parts that were asked for otherwise.
+        """
+        assert self.folder is not None
+        note, there = Path(self.folder) / ASKED, saved_parts(self.folder)
+        said = json.loads(
+            json.dumps(asked, sort_keys=True, default=lambda x: list(x) if hasattr(x, "__iter__") else str(x))
+        )
+        if there:
+            before = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
+            if before != said:
+                raise ValueError(
+                    f"received {self.folder}, which holds a study {different(before, said)}; choose another folder, or remove it"
+                )
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(note, json.dumps(said, indent=1, sort_keys=True))
+
+    def __call__(self, name: str, make: Callable[[], Any]) -> Any:
+        if self.folder is None:
+            return make()
+        place = Path(self.folder) / name
+        if not (place / "manifest.json").is_file():
+            return self._saved(make(), place)
+        kind: Any = PARTS.get(name, RegimeBoundaries)
+        return kind.load(place)
+
+    @staticmethod
+    def _saved(part: Any, place: Path) -> Any:
+        part.save(place)
+        return part
+
+
+def different(before: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> str:
+    """In what a study that is there differs from the one that is asked for, in words.
+
+    Args:
+        before: what was asked for; None where nothing says so.
+        asked: what is asked for now.
+    """
+    if before is None:
+        return "that does not say what was asked for"
+    names = [k for k in dict.fromkeys((*before, *asked)) if before.get(k) != asked.get(k)]
+    shown = [f"{k} {before.get(k)!r} and not {asked.get(k)!r}" for k in names]
+    return f"that was asked for with {', '.join(shown)}"
+
+
+def _of_model(model: LensModel) -> dict[str, Any]:
+    facts = model_info(model).provenance
+    return {k: getattr(facts, k) for k in ("model", "revision", "weights_sha256", "dtype", "numerics")}
+
+
+def _of_vectors(vectors: EmotionVectors) -> str:
+    return content_hash(vectors.emotions, vectors.layers, vectors.directions.double().sum(-1).tolist(), vectors.source)
+
+
+def _listed(emotions: Sequence[str]) -> Sequence[str]:
+    if isinstance(emotions, str):
+        raise ValueError(f"received bisected={emotions!r}; allowed is a list of emotions")
+    return emotions
+
+
+def _check_sweep(model: LensModel, vectors: EmotionVectors, prompts: Any, asked: Mapping[str, Any]) -> SweepPlan:
+    """Refuse what sweep_strengths would, before any other sweep has run."""
+    known = inspect.signature(plan_sweep).parameters
+    unknown = [k for k in asked if k not in inspect.signature(sweep_strengths).parameters]
+    if unknown:
+        raise TypeError(f"received {unknown}; allowed are options of sweep_strengths")
+    return plan_sweep(model, vectors, prompts, **{k: v for k, v in asked.items() if k in known})
+
+
+def _check_judge(judge: Judge) -> None:
+    """Let it read one text: a judge that cannot load, or names none of our emotions, is known before hours of writing."""
+    judge_texts(judge, ["A text."])
+
+
+def _check_scenarios(judge: Judge, plan: SweepPlan, asked: Mapping[str, Any]) -> None:
+    targets = list(dict.fromkeys(e for of_prompt in plan.targets for e in of_prompt))
+    if not any(can_name(judge, e) and judge.auc(e) >= MINIMUM_AUC for e in targets):
+        raise ValueError(
+            f"received scenarios with the targets {targets}; {judge.title} was measured good enough (AUC of {MINIMUM_AUC:.2f}) for none of them: use another "
+            "judge, or other scenarios"
+        )
+    if not any(row.kind in RANDOM for row in plan.pushed):
+        raise ValueError(
+            f"received controls={list(asked.get('controls', ()))!r} with scenarios; a success rate needs random directions: add 'random', or leave scenarios out"
+        )
+
+
+def _check_reading(model: LensModel, judge: Judge, reading: EmotionVectors, layer: int) -> None:
+    require_steerable(model, reading)
+    reading.vector(reading.emotions[0], layer)
+    if not any(can_name(judge, e) for e in reading.emotions):
+        raise ValueError(
+            f"received reading vectors of {list(reading.emotions)}; {judge.title} can name none of them: use another judge, or vectors of other emotions"
+        )
+
+
+def _transfer(model: LensModel, texts: Mapping[str, Stimuli], seed: int) -> TransferTable:
+    read = {name: extract_activations(model, t, pooling="mean_without_sinks") for name, t in texts.items()}
+    return language_transfer(read, model=model, seed=seed)

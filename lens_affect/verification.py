@@ -2,14 +2,16 @@
 
 The paper's criterion asks only whether an external classifier's probability of the target rises above that of the unsteered text. A coin rises in
 half of the scenarios, so its count means nothing alone: here random directions of the same strength are judged by the same criterion on the same
-scenarios, and the difference is the result. Where the sweep also pushed along other emotions, their successes stand beside it: is it this emotion, or
-any? A strict criterion asks that the target becomes the emotion on top while the text stays sound.
+scenarios, and the difference is the result. Isotropic directions may break a text that an emotion's direction of equal change leaves whole, so the shares of
+sound texts stand beside the counts; random directions within the spread of the emotions' vectors break it less. Where the sweep also pushed along other
+emotions, their successes stand beside it: is it this emotion, or any? A strict criterion asks that the target becomes the emotion on top while the text stays
+sound.
 """
 
 import html
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,10 @@ CRITERIA = {
     "strict": "the target is the judge's emotion on top, and the text is sound (regimes.DAMAGE)",
 }
 """What counts as a success."""
-CONTROLLED = ("random", "other")
-"""What successes are set against: random directions, and directions of other emotions where the sweep has them."""
+CONTROLLED = {"random": "random", "spread": "random_in_spread", "other": "other_emotion"}
+"""What successes are set against, with the kind of text behind it (doses.CONTROLS); one of the first two is needed."""
+WORDS = {"random": "random", "spread": "random in the emotions' spread", "other": "another emotion"}
+"""Controls in words."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +43,13 @@ class Verification:
     """Successes of steering and of random directions, scenario by scenario."""
 
     table: pd.DataFrame
-    """One row per scenario and strength: prompt (number), emotion, pull, group, strength, p_unsteered, p_steered, p_random (mean over random directions;
-    probabilities of the target), sound, top, change, change_random, change_other, and for each of CRITERIA the success (0 or 1; NaN where there is no text
-    to judge it by), `<criterion>_random`, the share of random directions that succeed, and `<criterion>_other`, of the push along another emotion (NaN where
-    the sweep has none)."""
+    """One row per scenario and strength: prompt (number), emotion, pull, group, strength, p_unsteered, p_steered (probabilities of the target), top, sound, change, kl,
+    and for each of CRITERIA the success (0 or 1; NaN where there is no text to judge it by). For each of CONTROLLED `p_<control>`, `sound_<control>` (share),
+    `change_<control>`, `kl_<control>` and `<criterion>_<control>` (share that succeeds): means over its directions, NaN where the sweep has none."""
     strength: float
     """The strength that the printed result is about, declared before."""
     n_random: int
-    """Random directions per scenario."""
+    """Random directions per scenario (of `random`, or of `random_in_spread` where that stands in its place)."""
     left_out: tuple[str, ...]
     """Targets that the judge cannot name, or not well enough: their scenarios are in no count."""
     thresholds: Thresholds
@@ -58,26 +61,36 @@ class Verification:
     provenance: Provenance
     """Of the dose-response."""
 
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """Those of CONTROLLED that the sweep had; the first is what the printed difference is taken from."""
+        return tuple(c for c in CONTROLLED if np.isfinite(_column(self.table, f"rises_{c}")).any())
+
+    @property
+    def _first(self) -> str:
+        return self.controls[0] if self.controls else "random"
+
     def difference(
-        self, criterion: str = "rises", strength: float | None = None, *, control: str = "random"
+        self, criterion: str = "rises", strength: float | None = None, *, control: str | None = None
     ) -> Interval:
         """Success under steering minus share of successes under a control, mean over scenarios with a 95 % interval over topics.
 
         Args:
             criterion: one of CRITERIA.
             strength: one that was run; the declared one by default.
-            control: `random`, or `other` for directions of other emotions.
+            control: `random`, `spread` for random directions within the emotions' spread, or `other` for directions of other emotions; the first that
+                there is by default.
 
         Raises:
             ValueError: an unknown criterion or control, or a strength that was not run.
         """
-        rows = self._rows(criterion, strength)
-        if control not in CONTROLLED or not np.isfinite(rows[f"{criterion}_{control}"].to_numpy(float)).any():
+        rows, chosen = self._rows(criterion, strength), control or self._first
+        if chosen not in self.controls:
             raise ValueError(
-                f"received control={control!r}; allowed are {list(CONTROLLED)}, 'other' where the sweep had controls=('random', 'other_emotion')"
+                f"received control={control!r}; allowed are {list(self.controls)}, which this sweep had: {CONTROLLED} are swept by sweep_strengths(controls=...)"
             )
         return _mean_of_known(
-            rows[criterion].to_numpy(float) - rows[f"{criterion}_{control}"].to_numpy(float), rows["group"].tolist()
+            rows[criterion].to_numpy(float) - _column(rows, f"{criterion}_{chosen}"), rows["group"].tolist()
         )
 
     def successes(self, criterion: str = "rises", strength: float | None = None) -> tuple[int, int]:
@@ -96,13 +109,13 @@ class Verification:
         found = pd.DataFrame(self.table[self.table["strength"] == at])
         if found.empty:
             raise ValueError(f"received strength {at}; allowed are {sorted(set(self.table['strength']))}")
-        return found.dropna(subset=[criterion, f"{criterion}_random"])
+        return _judged(found, criterion, self._first)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per strength, criterion and pull (`all` first): successes, n, rate with Wilson limits, random (share of random directions that succeed),
-        difference with its 95 % limits over topics, other and difference_other (the same for directions of other emotions; NaN without), gain (mean rise of the
-        target's probability above random) with limits, change, change_random and change_other (mean achieved change of the residual stream), n_without (no text
-        to judge)."""
+        """One row per strength, criterion and pull (`all` first): successes, n, rate with Wilson limits; random, spread and other (shares of each control's directions
+        that succeed; NaN without); difference (from the first of `controls`), difference_spread and difference_other with 95 % limits over topics; gain (mean
+        rise of the target's probability above the first control) with limits; sound (share of sound texts), kl (mean, nats per token) and change (mean achieved
+        change of the residual stream) of the steered texts and, with `_random`, `_spread` and `_other` behind, of the controls; n_without (no text to judge)."""
         pulls = ["all", *(p for p in dict.fromkeys(self.table["pull"]) if p)]
         rows = []
         for strength in dict.fromkeys(self.table["strength"]):
@@ -111,7 +124,7 @@ class Verification:
                     at = (self.table["strength"] == strength) & ((self.table["pull"] == pull) | (pull == "all"))
                     rows.append(
                         {"strength": strength, "criterion": criterion, "pull": pull}
-                        | _summary(pd.DataFrame(self.table[at]), criterion)
+                        | _summary(pd.DataFrame(self.table[at]), criterion, self._first)
                     )
         return pd.DataFrame(rows)
 
@@ -126,23 +139,32 @@ class Verification:
 
     def __str__(self) -> str:
         summary = self.to_frame()
-        own = summary[(summary["strength"] == self.strength) & (summary["pull"] == "all")]
+        own = pd.DataFrame(summary[(summary["strength"] == self.strength) & (summary["pull"] == "all")])
+        first = self._first
+
+        def beside(name: str, digits: int = 2) -> str:
+            """One measure of the steered texts and of each control."""
+            values = {"": "", **{f"_{c}": f"{WORDS[c]} " for c in self.controls}}
+            means = {k: float(np.mean(own[name + k].to_numpy(float))) for k in values}
+            return ", ".join(f"{words}{means[k]:.{digits}f}" for k, words in values.items() if math.isfinite(means[k]))
+
         lines = [
             f"{self.provenance.title}, {self.name}, strength {self.strength:+g}, judge: {self.judge}, {self.n_random} random directions per scenario; achieved change "
-            f"{np.mean(own['change']):.2f}, random {np.mean(own['change_random']):.2f}"
+            f"{beside('change')}",
+            f"sound texts {beside('sound')}" + (f"; KL {beside('kl')} nats per token" if beside("kl") else ""),
         ]
-        for row in pd.DataFrame(own).to_dict("records"):
-            lines.append(
-                f"{row['criterion']}: {row['successes']} of {row['n']} ({row['rate']:.2f} [{row['low']:.2f}, {row['high']:.2f}]), random {row['random']:.2f}, "
-                f"difference {row['difference']:+.2f} [{row['difference_low']:+.2f}, {row['difference_high']:+.2f}] over topics"
-                + (
-                    f"; another emotion {row['other']:.2f}, difference {row['difference_other']:+.2f} [{row['difference_other_low']:+.2f}, "
-                    f"{row['difference_other_high']:+.2f}]"
-                    if math.isfinite(row["other"])
-                    else ""
+        for row in own.to_dict("records"):
+            parts = []
+            for control in self.controls:
+                name = "difference" if control == first else f"difference_{control}"
+                parts.append(
+                    f"{WORDS[control]} {row[control]:.2f}, difference {row[name]:+.2f} [{row[f'{name}_low']:+.2f}, {row[f'{name}_high']:+.2f}]"
+                    + (" over topics" if control == first else "")
                 )
+            lines.append(
+                f"{row['criterion']}: {row['successes']} of {row['n']} ({row['rate']:.2f} [{row['low']:.2f}, {row['high']:.2f}]), {'; '.join(parts)}"
             )
-        without = int(np.max(own["n_without"]))
+        without = int(np.max(own["n_without"].to_numpy(int)))
         if without or self.left_out:
             lines.append(
                 f"{without} scenarios without a text to judge; targets left out: {', '.join(self.left_out) or 'none'}"
@@ -154,23 +176,34 @@ class Verification:
         return f"<p>{html.escape(str(self)).replace(chr(10), '<br>')}</p>{table}"
 
 
-def _summary(rows: pd.DataFrame, criterion: str) -> dict[str, Any]:
+def _column(table: pd.DataFrame, name: str) -> Float[np.ndarray, " row"]:
+    """A column as numbers; NaN where a table that was saved earlier has none."""
+    return table[name].to_numpy(float) if name in table else np.full(len(table), math.nan)
+
+
+def _judged(rows: pd.DataFrame, criterion: str, control: str) -> pd.DataFrame:
+    """Scenarios whose text and whose control's texts can be judged."""
+    return pd.DataFrame(
+        rows[np.isfinite(_column(rows, criterion)) & np.isfinite(_column(rows, f"{criterion}_{control}"))]
+    )
+
+
+def _summary(rows: pd.DataFrame, criterion: str, first: str) -> dict[str, Any]:
+    """What stands in a row of Verification.to_frame; `first` is the control that the difference is taken from."""
     from statsmodels.stats.proportion import proportion_confint
 
-    known = rows.dropna(subset=[criterion, f"{criterion}_random"])
+    known = _judged(rows, criterion, first)
     n, successes = len(known), int(known[criterion].to_numpy(float).sum())
     found: dict[str, Any] = {"successes": successes, "n": n, "n_without": len(rows) - n}
     limits: Any = proportion_confint(successes, n, method="wilson") if n else (math.nan, math.nan)
     found |= {"rate": successes / n if n else math.nan, "low": float(limits[0]), "high": float(limits[1])}
-    found["random"] = _mean(known[f"{criterion}_random"].to_numpy(float))
-    found["other"] = _mean(known[f"{criterion}_other"].to_numpy(float))
-    found |= {name: _mean(rows[name].to_numpy(float)) for name in ("change", "change_random", "change_other")}
-    groups = known["group"].tolist()
-    effects = {
-        "difference": known[criterion].to_numpy(float) - known[f"{criterion}_random"].to_numpy(float),
-        "difference_other": known[criterion].to_numpy(float) - known[f"{criterion}_other"].to_numpy(float),
-        "gain": known["p_steered"].to_numpy(float) - known["p_random"].to_numpy(float),
-    }
+    found |= {control: _mean(_column(known, f"{criterion}_{control}")) for control in CONTROLLED}
+    kinds = ("", *(f"_{control}" for control in CONTROLLED))
+    found |= {name + kind: _mean(_column(rows, name + kind)) for name in ("sound", "kl", "change") for kind in kinds}
+    groups, success = known["group"].tolist(), _column(known, criterion)
+    effects = {"difference": success - _column(known, f"{criterion}_{first}")}
+    effects |= {f"difference_{c}": success - _column(known, f"{criterion}_{c}") for c in ("spread", "other")}
+    effects["gain"] = _column(known, "p_steered") - _column(known, f"p_{first}")
     for name, values in effects.items():
         interval = _mean_of_known(values, groups)
         found |= {
@@ -193,7 +226,8 @@ def verify_steering(
     """Count the scenarios in which steering works, beside random directions under the same criterion.
 
     Args:
-        dose: of sweep_strengths with emotions=None (each scenario steered to its own target) and random directions, five or more per scenario.
+        dose: of sweep_strengths with emotions=None (each scenario steered to its own target) and random directions (`random`, `random_in_spread` or both), five
+            or more per scenario.
         judgement: of `dose.texts`, in that order.
         strength: the one that the result is about; declare it before looking. By default the smallest positive one.
         scenarios: what was continued, for counts per pull (with or against the target).
@@ -221,18 +255,22 @@ def verify_steering(
         )
     limits = thresholds or Thresholds.of(dose)
     sound = damage_labels(dose, limits) == "sound"
-    columns = {name: dose.column(name) for name in ("kind", "emotion", "strength", "prompt", "change", "group")}
+    columns = {name: dose.column(name) for name in ("kind", "emotion", "strength", "prompt", "change", "kl", "group")}
     plain = np.flatnonzero(columns["kind"] == UNSTEERED[0])
     probabilities = {e: judgement.probability(e).double().numpy() for e in counted}
     rows = []
     for row in np.flatnonzero((columns["kind"] == "steered") & np.isin(columns["emotion"], counted)).tolist():
         emotion, prompt = str(columns["emotion"][row]), int(columns["prompt"][row])
         same = (columns["prompt"] == prompt) & (columns["strength"] == columns["strength"][row])
-        random = np.flatnonzero((columns["kind"] == "random") & same)
-        other = np.flatnonzero((columns["kind"] == "other_emotion") & same & (columns["emotion"] == emotion))
+        # Random texts serve every emotion and have none of their own.
+        mine = same & np.isin(columns["emotion"], ("", emotion))
+        beside = {c: np.flatnonzero((columns["kind"] == kind) & mine) for c, kind in CONTROLLED.items()}
         probability = probabilities[emotion]
         before = float(probability[plain[columns["prompt"][plain] == prompt]][0])
-        found = _scenario(probability, before, judgement, emotion, row, (random, other), sound)
+        found = _scenario(probability, before, judgement, emotion, row, beside, sound)
+        for name in ("change", "kl"):
+            found[name] = float(columns[name][row])
+            found |= {f"{name}_{c}": _mean(columns[name][at_once].astype(float)) for c, at_once in beside.items()}
         rows.append(
             {
                 "prompt": prompt,
@@ -240,14 +278,12 @@ def verify_steering(
                 "pull": "" if scenarios is None else scenarios.pulls[prompt],
                 "group": str(columns["group"][row]),
                 "strength": float(columns["strength"][row]),
-                "change": float(columns["change"][row]),
-                "change_random": _mean(columns["change"][random].astype(float)),
-                "change_other": _mean(columns["change"][other].astype(float)),
             }
             | found
         )
+    first = "random" if "random" in dose.kinds else CONTROLLED["spread"]
     n_random = min(
-        np.unique(columns["prompt"][(columns["kind"] == "random") & (columns["strength"] == at)], return_counts=True)[1]
+        np.unique(columns["prompt"][(columns["kind"] == first) & (columns["strength"] == at)], return_counts=True)[1]
     )
     return Verification(
         table=pd.DataFrame(rows),
@@ -262,9 +298,9 @@ def verify_steering(
 
 
 def _check(dose: DoseResponse, judgement: Judgement, scenarios: Scenarios | None) -> None:
-    if "random" not in dose.kinds:
+    if not {"random", CONTROLLED["spread"]} & set(dose.kinds):
         raise ValueError(
-            f"received a dose-response with {list(dose.kinds)}; a success rate needs random directions: sweep with controls=('random',)"
+            f"received a dose-response with {list(dose.kinds)}; a success rate needs random directions: sweep with controls=('random', 'other_emotion')"
         )
     if len(judgement.probabilities) != len(dose.table):
         raise ValueError(
@@ -282,9 +318,9 @@ def _scenario(
     judgement: Judgement,
     emotion: str,
     row: int,
-    controls: tuple[Int[np.ndarray, " random"], Int[np.ndarray, " other"]],
+    controls: Mapping[str, Int[np.ndarray, "_"]],
     sound: np.ndarray,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     def rises(rows: Sequence[int] | np.ndarray) -> Float[np.ndarray, " text"]:
         values = probability[np.asarray(rows, dtype=int)]
         return np.where(np.isnan(values) | math.isnan(before), np.nan, (values > before).astype(float))
@@ -293,21 +329,14 @@ def _scenario(
     def strict(rows: Sequence[int] | np.ndarray) -> Float[np.ndarray, " text"]:
         return np.array([float(judgement.top[i] == emotion and bool(sound[i])) for i in rows])
 
-    random, other = controls
     exact = judgement.matches[judgement.emotions.index(emotion)] == "exact"
-    return {
-        "p_unsteered": before,
-        "p_steered": float(probability[row]),
-        "p_random": _mean(probability[random]),
-        "sound": bool(sound[row]),
-        "top": judgement.top[row],
-        "rises": float(rises([row])[0]),
-        "rises_random": _mean(rises(random)),
-        "rises_other": _mean(rises(other)),
-        "strict": float(strict([row])[0]) if exact else math.nan,
-        "strict_random": _mean(strict(random)) if exact else math.nan,
-        "strict_other": _mean(strict(other)) if exact else math.nan,
-    }
+    found: dict[str, Any] = {"p_unsteered": before, "p_steered": float(probability[row]), "top": judgement.top[row]}
+    found |= {"sound": bool(sound[row]), "rises": float(rises([row])[0])}
+    found["strict"] = float(strict([row])[0]) if exact else math.nan
+    for name, rows in controls.items():
+        found |= {f"p_{name}": _mean(probability[rows]), f"sound_{name}": _mean(sound[rows].astype(float))}
+        found |= {f"rises_{name}": _mean(rises(rows)), f"strict_{name}": _mean(strict(rows)) if exact else math.nan}
+    return found
 
 
 def _mean_of_known(values: Float[np.ndarray, " scenario"], groups: Sequence[Any]) -> Interval:

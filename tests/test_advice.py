@@ -4,7 +4,11 @@ import pytest
 
 from lens_affect.advice import recommend
 from lens_affect.comparison import compare_cells
+from lens_affect.regimes import classify_regimes
+from lens_affect.steering_study import SteeringStudy
+from lens_affect.sweeps import STEERING
 from tests.test_comparison import cells
+from tests.test_regimes import RULE, judged, planted
 from tests.test_scorecard import FLAT, NOTHING, PEAK, RISE, planted_run
 
 
@@ -26,6 +30,26 @@ def test_advice_names_the_layer_and_what_is_open(peak, rise):
     assert not advice.loc["strength", "decided"]
     assert "not decided: " in str(recommend(peak))
     assert recommend(rise).table.set_index("question").loc["text", "answer"] == "given passages"
+
+
+def test_advice_on_strength_says_what_a_study_found_or_which_command_makes_one(tmp_path):
+    run = planted_run(tmp_path / "run", PEAK)
+    row = recommend(run).table.set_index("question").loc["strength"]
+    assert not row["decided"]
+    assert row["why"] == f"this run holds no steering study; lens-affect regimes MODEL --run {run.folder} makes one"
+    gains = {("steered", s): 0.3 for s in (0.2, 0.4, 0.8)}
+    cells = {("steered", e, s): (2.0 * (s > 0.4), 0.0) for e in ("calm", "sad") for s in (0.2, 0.4, 0.8)}
+    cells |= {("random", "", s): (0.0, 0.0) for s in (0.2, 0.4, 0.8)}
+    dose = planted(cells, n_prompts=24)
+    for name, seen in (("none", {}), ("some", gains)):
+        judgement = judged(dose, seen)
+        study = SteeringStudy(dose, judgement, classify_regimes(dose, judgement, thresholds=RULE))
+        study.save(run.folder / STEERING / name)
+        row = recommend(run).table.set_index("question").loc["strength"]
+        assert bool(row["decided"]) == bool(seen)
+        assert "+0.8: explosive 2" in row["why"]
+    assert (row["answer"], row["low"], row["high"]) == ("0.4", 0.2, 0.4)
+    assert "strength: 0.4" in str(recommend(run))
 
 
 def test_advice_on_pooling_follows_the_comparison(tmp_path):

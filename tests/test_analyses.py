@@ -108,6 +108,29 @@ def test_steering_reads_the_committed_results(monkeypatch, capsys):
         assert study.transfer is not None
 
 
+def test_labelled_outputs_are_measured_by_their_text_and_those_that_are_gone_keep_what_was_stored():
+    names = runpy.run_path(str(ROOT / "analyses" / "tune_regimes.py"))
+    table = lens_affect.labelled_texts.load_labelled_texts().table.astype(object)
+    kept = table.where(table.notna(), None).to_dict("records")
+    origins = [o for o in dict.fromkeys(row["origin"] for row in kept) if o != "written"]
+    doses = {o: names["load_dose"](o) for o in origins}
+    rows = [{k: v for k, v in row.items() if k not in names["MEASURED"]} | {"row": -1} for row in kept]
+    names["measure_outputs"](rows, doses, kept)
+    for o in origins:
+        own = [(row, before) for row, before in zip(rows, kept, strict=True) if row["origin"] == o]
+        there = [row["text"] in doses[o].texts for row, _ in own]
+        assert 0.8 < sum(there) / len(own) <= 1
+        for (row, before), found in zip(own, there, strict=True):
+            assert "row" not in row
+            if not found:
+                assert all(row[name] == before[name] for name in names["MEASURED"])
+            i = doses[o].texts.index(row["text"]) if found else -1
+            assert not found or row["n_tokens"] == doses[o].table["n_tokens"].iloc[i]
+    strange = {"text": "never written", "origin": origins[0]}
+    with pytest.raises(ValueError, match="received 'never written', which neither a sweep of"):
+        names["measure_outputs"]([strange], doses, kept)
+
+
 def test_sweeps_are_made_once_and_again_where_they_were_asked_for_otherwise(model_folder, monkeypatch, tmp_path):
     monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path))
     few = lens_affect.load_stimuli("passages").select(

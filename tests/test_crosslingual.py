@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lens_affect.adapter import model_info, unembedding
-from lens_affect.crosslingual import ScriptComparison, ScriptTable, script_entanglement
+from lens_affect.crosslingual import ScriptComparison, ScriptTable, _members, script_entanglement
 from lens_affect.models import load_model
 from lens_affect.scripts import token_scripts
 from lens_affect.stimuli import EMOTIONS
@@ -52,7 +52,7 @@ def of_script(model, script, n, seed):
 
 def test_a_direction_made_of_chinese_tokens_brings_up_chinese_tokens_only(multilingual):
     directions, chosen = of_script(multilingual, "Han", 1, seed=0)
-    found = script_entanglement(multilingual, vectors_of(multilingual, directions), 0, k=1)
+    found = script_entanglement(multilingual, vectors_of(multilingual, directions), 0, k=1, n_random=20)
     assert found.per_emotion()["Han"].tolist() == [1.0] * len(SIX)
     assert found.tokens["token"].tolist() == [multilingual.tokenizer.decode([t]) for t in chosen[:, 0].tolist()]
     row = found.to_frame().set_index("script").loc["Han"]
@@ -61,6 +61,38 @@ def test_a_direction_made_of_chinese_tokens_brings_up_chinese_tokens_only(multil
     assert found.foreign.tolist() == [1.0] * len(SIX)
     assert "1.000 [1.000, 1.000] are in a script other than Latin" in str(found)
     assert "the smallest that 20 draws allow" in str(found)
+
+
+def test_one_emotion_that_brings_up_a_script_is_found_among_others_that_do_not(multilingual):
+    """A script that random directions hardly bring up: the mean over emotions hides it, a test of each emotion does not."""
+    directions = random_directions(multilingual, 11)
+    directions[2] = of_script(multilingual, "Devanagari", 4, seed=0)[0][2]
+    found = script_entanglement(multilingual, vectors_of(multilingual, directions), 0, k=4)
+    tests = found.emotion_tests().set_index(["emotion", "script"])
+    assert tests.loc[(SIX[2], "Devanagari"), "p_family"] == pytest.approx(1 / 201)
+    assert tests.loc[(SIX[2], "Devanagari"), "share"] == found.per_emotion().loc[SIX[2], "Devanagari"]
+    others = tests.drop(index=SIX[2], level="emotion").xs("Devanagari", level="script")
+    assert (others["p_family"] > 0.05).all()
+    assert f"after correction over emotions: {SIX[2]}" in str(found)
+    with pytest.raises(ValueError, match="saved without tests of single emotions"):
+        replace(found, p_emotion=None).emotion_tests()
+
+
+def test_without_a_script_of_its_own_an_emotion_is_found_as_rarely_as_p_says(multilingual):
+    p = []
+    for i in range(40):
+        vectors = vectors_of(multilingual, random_directions(multilingual, 300 + i))
+        found = script_entanglement(multilingual, vectors, 0, k=30, seed=i)
+        p.append(float(found.p_emotion[:, found.scripts.index("Han")].min()))
+    assert (np.array(p) <= 0.1).mean() <= 0.1 + 3 * np.sqrt(0.09 / 40)
+
+
+def test_draws_share_no_direction_until_all_are_used_and_none_has_one_twice():
+    members = _members(50, 200, 6, seed=0)
+    assert members.shape == (200, 6)
+    assert sorted(members[:50].flatten().tolist()) == list(range(300))
+    assert all(len(set(row)) == 6 for row in members.tolist())
+    assert torch.equal(_members(20, 20, 6, seed=0), torch.arange(120).view(20, 6))
 
 
 def test_shares_sum_to_one_and_are_counted_over_all_tokens(multilingual):

@@ -32,12 +32,22 @@ def dose(tiny_model):
 
 
 def test_every_cell_has_every_prompt_and_nothing_is_dropped(dose):
-    assert len(dose.table) == 2 * 3 + 2 * 2 * 3 + 2 * 3 + 2 * 2 * 3
+    assert len(dose.table) == 2 * 3 + 2 * 2 * 3 + 2 * (2 * 3) + 2 * 2 * 3
     cells = dose.to_frame()
     assert (cells["n"] == 3).all()
     assert set(cells["kind"]) == {*UNSTEERED, "steered", *CONTROLS}
     assert {"perplexity_ratio", "perplexity_ratio_low", "repetition", "kl", "change", "n_empty"} <= set(cells)
-    assert dose.kinds == ("steered", "random", "other_emotion")
+    assert dose.kinds == ("steered", "random", "random_in_spread", "other_emotion")
+
+
+def test_random_directions_and_those_of_another_emotion_stand_beside_the_steered_texts_by_default(tiny_model):
+    model = tiny_model("llama")
+    small = SMALL | {"strengths": [0.5], "n_tokens": 4}
+    assert sweep_strengths(model, vectors_of(model), PROMPTS, layers=1, **small).kinds == (
+        "steered",
+        "random",
+        "other_emotion",
+    )
 
 
 def test_a_text_of_the_sweep_is_what_its_row_alone_would_write(tiny_model, dose):
@@ -99,9 +109,11 @@ def test_controls_move_the_stream_as_far_as_the_steered_texts_beside_them(tiny_m
     found = sweep_strengths(
         *(model, vectors_of(model), PROMPTS), layers=layers, scope=scope, mode=mode, controls=list(CONTROLS), **SMALL
     )
-    assert list(deviations(found)) == pytest.approx([1.0] * 6, abs=0.05)
-    assert found.unequal == pytest.approx(max(abs(d - 1) for d in deviations(found)))
-    assert f"to {100 * found.unequal:.0f} %" in str(found)
+    assert list(deviations(found)) == pytest.approx([1.0] * 8, abs=0.05)
+    changes = found.control_changes()
+    assert len(changes) == len(CONTROLS) * 4
+    assert found.unequal == pytest.approx(changes["deviation"].abs().max())
+    assert f"as each emotion at each strength to {100 * found.unequal:.0f} %" in str(found)
     steered = found.table[found.table["kind"] == "steered"]
     if layers == 1 and mode == "add":
         assert (steered["scale"] == steered["strength"]).all()  # the norms set the dose
@@ -110,6 +122,32 @@ def test_controls_move_the_stream_as_far_as_the_steered_texts_beside_them(tiny_m
         assert achieved.tolist() == pytest.approx([0.5] * 4, rel=0.05)
     factors = found.table[found.table["kind"] == "random"].groupby("strength")["scale"].nunique()
     assert (factors == 1).all()  # one scalar per cell
+
+
+def test_equality_is_stated_for_each_emotion_by_itself(dose):
+    """Random texts serve two emotions at once: as far as their mean, and off each of them by half."""
+    planted = {("steered", "calm"): 0.2, ("steered", "sad"): 0.6, ("random", ""): 0.4, ("random_in_spread", ""): 0.4}
+    planted |= {("other_emotion", "calm"): 0.2, ("other_emotion", "sad"): 0.6}
+    change = [planted.get((k, e), 0.0) for k, e in zip(dose.table["kind"], dose.table["emotion"], strict=True)]
+    found = replace(dose, table=dose.table.assign(change=change))
+    assert found.unequal == pytest.approx(1.0)
+    off = found.control_changes().set_index(["control", "emotion", "strength"])["deviation"]
+    assert off["random", "calm", 0.5] == pytest.approx(1.0)
+    assert off["random", "sad", 0.5] == pytest.approx(-1 / 3)
+    assert off["other_emotion", "sad", 0.5] == pytest.approx(0.0)
+    assert (
+        "as the mean of the emotions to 0 %, as each emotion at each strength to 100 % (most: random beside calm"
+        in str(found)
+    )
+
+
+def test_random_texts_are_compared_on_the_prompts_of_the_emotion(dose):
+    prompt = dose.table["prompt"].to_numpy()
+    kept = ~((dose.table["kind"] == "steered") & (dose.table["emotion"] == "calm") & (prompt != 0))
+    table = dose.table[kept].reset_index(drop=True)
+    table["change"] = np.where(table["kind"] == "random", np.where(table["prompt"] == 0, 0.2, 0.9), 0.2)
+    off = replace(dose, table=table).control_changes().query("control == 'random' and emotion == 'calm'")["deviation"]
+    assert off.tolist() == pytest.approx([0.0, 0.0])
 
 
 def test_texts_that_were_written_anew_are_what_their_own_dose_writes(tiny_model):
@@ -274,7 +312,7 @@ def test_a_push_into_logits_that_are_not_finite_is_invalid_and_the_sweep_goes_on
     assert regimes.regime("calm", 9.0) == "invalid"
     assert regimes.regime("calm", 0.2) != "invalid"
     assert found.table[found.table["strength"] < 1]["finite"].all()
-    assert len(found.table) == 2 * 3 + 2 * 2 * 3  # nothing is dropped
+    assert len(found.table) == 2 * 3 + 2 * 3 * 3  # nothing is dropped
 
 
 def test_a_sweep_comes_back_from_disk_and_shows_itself(dose, tmp_path):
@@ -306,9 +344,42 @@ def test_a_sweep_that_makes_no_sense_is_refused_before_any_text_is_written(tiny_
         sweep_strengths(model, vectors_of(model), PROMPTS, **(SMALL | change))
 
 
+@pytest.mark.parametrize("control", ["other_emotion", "random_in_spread"])
+def test_controls_that_need_more_emotions_than_there_are_vectors_for_are_refused_in_words(tiny_model, control):
+    model = tiny_model("llama")
+    alone = vectors_of(model, ("calm", "neutral"))
+    with pytest.raises(ValueError, match=rf"received controls \['{control}'\] with vectors of \['calm'\]"):
+        sweep_strengths(model, alone, PROMPTS, emotions=["calm"], strengths=[0.5], controls=[control])
+
+
+def test_a_scorer_that_cannot_read_the_texts_is_refused_before_they_are_written(tiny_model, monkeypatch):
+    model = tiny_model("llama")
+    other = tiny_model("qwen2")
+    monkeypatch.setattr("lens_affect.doses.context_window", lambda reader: 20 if reader is other else 512)
+    monkeypatch.setattr("lens_affect.pushed_texts.generate", None)  # nothing may be written
+    with pytest.raises(ValueError, match="context window of the scorer, .*, holds 20"):
+        sweep_strengths(model, vectors_of(model), PROMPTS, scorer=other, **SMALL)
+
+
+def test_texts_that_are_too_long_for_another_tokenizer_have_no_perplexity_and_the_rest_is_kept(tiny_model, caplog):
+    model, tokenizer = tiny_model("llama"), make_tokenizer()
+    tokenizer.add_tokens(["<another>"])
+    scorer = load_model(make_hf_model("qwen2"), tokenizer=tokenizer)
+    small = {"layers": 1, "controls": [], **SMALL}
+    whole = sweep_strengths(model, vectors_of(model), PROMPTS, scorer=scorer, **small)
+    with pytest.MonkeyPatch.context() as patched:
+        longest = max(len(encode_prompt(scorer, p)[0]) for p in PROMPTS) + SMALL["n_tokens"]
+        patched.setattr("lens_affect.doses.context_window", lambda scorer: longest)
+        found = sweep_strengths(model, vectors_of(model), PROMPTS, scorer=scorer, **small)
+    assert found.texts == whole.texts
+    lost = found.table["nll"].isna() & whole.table["nll"].notna()
+    assert np.allclose(found.table["nll"][~lost], whole.table["nll"][~lost], rtol=1e-4, equal_nan=True)
+    assert ("beyond the scorer's context window" in caplog.text) == bool(lost.any())
+
+
 def test_no_prompts_and_prompts_beyond_the_window_are_refused(tiny_model):
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="received 0 prompts"):
         sweep_strengths(model, vectors_of(model), [], **SMALL)
-    with pytest.raises(ValueError, match="the context window holds"):
+    with pytest.raises(ValueError, match="the context window of the model, .*, holds 512"):
         sweep_strengths(model, vectors_of(model), ["word " * 5000], **SMALL)

@@ -11,7 +11,7 @@ from scipy import stats
 
 from lens_affect.adapter import token_ids, unembedding
 from lens_affect.crosslingual import script_entanglement
-from lens_affect.meaning import MeaningTable, foreign_meaning, load_emotion_words
+from lens_affect.meaning import MeaningTable, foreign_meaning, load_emotion_words, verdict_of
 from lens_affect.models import load_model
 from lens_affect.scripts import PARTIAL
 from lens_affect.stimuli import EMOTIONS
@@ -76,6 +76,22 @@ def test_planted_meaning_is_found_in_its_language(multilingual):
     assert "Chinese +" in str(found)
     assert "1 of" in str(found)
     assert len(str(found).splitlines()) <= 5
+
+
+@pytest.mark.parametrize(
+    ("p", "high", "control_high", "verdict"),
+    [
+        (0.01, 30.0, 30.0, "holds"),
+        (0.01, 8.0, 30.0, "holds"),  # small, but shown
+        (0.2, 12.0, 30.0, "cannot be decided"),  # not shown, and not excluded
+        (0.2, 8.0, 30.0, "does not hold"),
+        (0.2, 30.0, 9.9, "does not hold"),
+        (np.nan, np.nan, np.nan, "cannot be decided"),
+    ],
+)
+def test_what_is_not_significant_fails_only_where_an_effect_is_excluded(p, high, control_high, verdict):
+    row = {"p_family": p, "control_p_family": 0.01, "high": high, "control_high": control_high}
+    assert verdict_of(row) == verdict
 
 
 def test_the_numbers_are_those_of_a_count_by_hand(multilingual):

@@ -2,11 +2,22 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from lens_affect.pushed_texts import Planned, PushedText, Writer, by_cell, control_targets, mean_change, plan_controls
+from lens_affect.pushed_texts import (
+    Planned,
+    PushedText,
+    Writer,
+    by_cell,
+    control_targets,
+    direction_in_spread,
+    mean_change,
+    plan_controls,
+)
 from tests.test_patching import vectors_of
 
 PROMPTS = ["Hello there", "Write about a cat in the garden", "Why"]
@@ -30,6 +41,35 @@ def test_each_prompt_has_its_targets_and_each_target_its_controls():
     assert all(r.vector != r.emotion for r in rows if r.kind == "other_emotion")
     fewer = plan_controls([("sad",), ("calm", "sad")], [0.2, 0.4], ["random"], 1, ["sad", "calm"], 0)
     assert set(fewer) <= set(rows)
+
+
+def test_random_directions_in_the_spread_are_named_by_prompt_as_isotropic_ones_are():
+    rows = plan_controls([("sad",)] * 2, [0.4], ["random_in_spread"], 2, ["sad", "calm", "happy"], 0)
+    names = [r.vector for r in rows if r.kind == "random_in_spread"]
+    assert names == ["random in spread 0", "random in spread 1", "random in spread 0.1", "random in spread 1.1"]
+    assert all(r.emotion == "" for r in rows if r.kind == "random_in_spread")
+
+
+def test_directions_in_the_spread_have_the_covariance_of_the_emotions_raw_vectors(tiny_model):
+    """Planted: raw vectors along three axes, of lengths 3, 2 and 1 at one layer, and turned at the other."""
+    vectors = vectors_of(tiny_model("llama"), ("calm", "sad", "happy", "neutral"))
+    directions = torch.zeros_like(vectors.directions)
+    lengths = torch.tensor([3.0, 2.0, 1.0, 50.0])
+    for e in range(4):
+        directions[e, 0, e] = directions[e, 1, 10 + e] = directions[e, 2, e] = 1.0
+    planted = replace(vectors, directions=directions, raw_norms=lengths[:, None].expand(4, 3))
+    draws = torch.stack([direction_in_spread(planted, (0, 1), np.random.default_rng(i)) for i in range(4000)])
+    torch.testing.assert_close(draws.norm(dim=-1), torch.ones(4000, 2))
+    assert float(draws[:, 0, 3:].abs().max()) == 0.0  # `neutral` is no emotion, and nothing lies outside their span
+    torch.testing.assert_close(draws[:, 0, :3], draws[:, 1, 10:13])  # the same mixture at both layers
+    # Of unit draws from N(0, diag(9, 4, 1)), compared with draws made directly.
+    direct = np.random.default_rng(1).standard_normal((200_000, 3)) * [3.0, 2.0, 1.0]
+    direct /= np.linalg.norm(direct, axis=1, keepdims=True)
+    found = (draws[:, 0, :3].double().T @ draws[:, 0, :3].double() / 4000).numpy()
+    assert found == pytest.approx(direct.T @ direct / len(direct), abs=0.03)
+    assert draws[:, 0, :3].mean(0).abs().max() < 0.05
+    with pytest.raises(ValueError, match="they have no spread"):
+        direction_in_spread(replace(planted, raw_norms=torch.zeros(4, 3)), (0,), np.random.default_rng(0))
 
 
 def test_a_control_should_move_the_stream_as_the_steered_texts_of_its_strength_do():

@@ -140,6 +140,30 @@ def test_ablating_twice_is_ablating_once_and_clamping_sets_the_component(tiny_mo
     torch.testing.assert_close(clamped @ unit, (-0.5 * residual_norms(model)[1]).expand(8), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("protocol", ["lens_affect", "jeong2026"])
+def test_clamping_to_nothing_is_ablating_and_ablating_needs_no_strength(tiny_model, protocol):
+    model, unit = tiny_model("gemma3"), vectors_of(tiny_model("gemma3")).vector("calm", 1)
+    how = {"layers": 1, "scope": "all", "protocol": protocol}
+    ablated = streams(model, 1, mode="ablate", **how)
+    for strength in (0.0, -0.0):
+        clamped = streams(model, 1, mode="clamp", strength=strength, **how)
+        assert torch.equal(clamped, ablated)
+    assert bool(ablated.isfinite().all())
+    assert float((ablated @ unit).abs().max()) < 1e-4
+    assert torch.equal(streams(model, 1, mode="ablate", strength=float("nan"), **how), ablated)
+
+
+@pytest.mark.parametrize("mode", ["ablate", "clamp"])
+def test_nothing_is_set_along_a_direction_of_length_0(tiny_model, mode):
+    model, vectors = tiny_model("llama"), vectors_of(tiny_model("llama"))
+    none = replace(vectors, directions=torch.zeros_like(vectors.directions))
+    with pytest.raises(ValueError, match="whose direction has length 0"):
+        make_push(model, none, "calm", layers=1, strength=0.5, mode=mode)
+    push = make_push(model, vectors, "calm", layers=1, strength=0.5, mode=mode).interventions()
+    with pytest.raises(ValueError, match="received a zero vector to ablate or to clamp"):
+        score_texts(model, [(0, 5)], [(6,)], interventions=[replace(push[0], vector=torch.zeros(32))])
+
+
 @pytest.mark.parametrize(("scope", "moved"), [("response", range(4, 8)), ("prompt", range(4)), ("all", range(8))])
 def test_the_scope_says_which_positions_of_a_whole_text_are_moved(tiny_model, scope, moved):
     model = tiny_model("llama")
@@ -161,6 +185,72 @@ def test_steering_around_generation_is_steering_inside_it_with_and_without_a_cac
         around = generate(model, PROMPTS[:1], **rows)
     assert inside.tokens == around.tokens == uncached.tokens
     assert inside.tokens != generate(model, PROMPTS[:1], **rows).tokens
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("scope", ["response", "prompt", "all"])
+def test_steering_around_a_batch_is_steering_around_each_of_its_texts(tiny_model, scope, use_cache):
+    model, vectors = tiny_model("llama"), vectors_of(tiny_model("llama"))
+    rows = {"max_new_tokens": 8, "seed": 2, "use_cache": use_cache}
+    kept: list[torch.Tensor] = []
+    last = resolve_site(model, "resid_post").at(2)
+    keep = [(last, lambda x, hook: kept.append(x[:, -1].clone()))]
+
+    def written(prompts):
+        kept.clear()
+        with steer(model, vectors, "sad", layers=1, strength=0.8, scope=scope), add_hooks(model, keep):
+            found = generate(model, prompts, row_seeds=["same"] * len(prompts), **rows)
+        return found.tokens, torch.stack(kept, dim=1)
+
+    for prompts in (PROMPTS[1:] * 2, PROMPTS):
+        tokens, residuals = written(prompts)
+        for row, prompt in enumerate(prompts):
+            alone, beside = written([prompt])
+            assert tokens[row] == alone[0]
+            n = min(beside.shape[1], residuals.shape[1], len(alone[0]) + 1)
+            if len(set(map(len, tokens))) == 1:  # else a row that is done leaves the batch
+                torch.testing.assert_close(residuals[row, :n], beside[0, :n], rtol=1e-3, atol=1e-4)
+    push = make_push(model, vectors, "sad", layers=1, strength=0.8, scope=scope)
+    inside = generate(model, PROMPTS, interventions=push.interventions(), row_seeds=["same"] * 2, **rows)
+    assert inside.tokens == tokens
+
+
+@pytest.mark.parametrize("scope", ["response", "prompt", "all"])
+def test_texts_are_scored_alike_alone_and_in_a_batch_while_the_model_is_steered(tiny_model, scope):
+    model, vectors = tiny_model("llama"), vectors_of(tiny_model("llama"))
+    heads = [tuple(IDS[0, :4].tolist())] * 2 + [tuple(IDS[0, :3].tolist())]
+    responses = [tuple(IDS[0, 4:].tolist())] * 2 + [tuple(IDS[0, 3:6].tolist())]
+    other = make_push(model, vectors, "calm", layers=2, strength=0.3).interventions()
+    push = make_push(model, vectors, "sad", layers=1, strength=0.8, scope=scope)
+    plain = score_texts(model, heads, responses)
+    with steer(model, vectors, "sad", layers=1, strength=0.8, scope=scope):
+        found = score_texts(model, heads, responses, interventions=other)
+        for i in range(3):
+            alone = score_texts(model, [heads[i]], [responses[i]], interventions=other)
+            for name in ("nll", "kl", "change"):
+                torch.testing.assert_close(getattr(found, name)[i], getattr(alone, name)[0], rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(found.nll, plain.nll, atol=1e-3)
+    # What is added around the reading is what an intervention adds inside it.
+    with add_hooks(model, [(resolve_site(model, "resid_post").at(1), _added_to_all(push.vectors[0]))]):
+        every = score_texts(model, heads, responses)
+    if scope == "all":
+        torch.testing.assert_close(found.nll, every.nll, rtol=1e-4, atol=1e-5)
+
+
+def _added_to_all(vector: torch.Tensor):
+    return lambda value, hook: value + vector
+
+
+def test_hooks_that_act_on_the_last_position_of_a_pass_do_not_reach_into_a_prompt_that_two_rows_share(tiny_model):
+    model = tiny_model("llama")
+
+    def push_last(value, hook):
+        return torch.cat([value[:, :-1], value[:, -1:] + 3.0], dim=1)
+
+    with add_hooks(model, [(resolve_site(model, "resid_post").at(0), push_last)]):
+        both = generate(model, PROMPTS[1:] * 2, row_seeds=["same"] * 2, max_new_tokens=8)
+        alone = generate(model, PROMPTS[1:], row_seeds=["same"], max_new_tokens=8)
+    assert both.tokens == (alone.tokens[0],) * 2
 
 
 def test_rows_of_one_batch_are_steered_each_its_own_way(tiny_model):
@@ -250,6 +340,7 @@ def test_hooks_are_gone_after_an_exception():
     [
         ({"strength": float("nan")}, "received strength nan; allowed are numbers"),
         ({"strength": STRENGTH_LIMIT + 1}, "received strength 11.0; allowed are numbers"),
+        ({"strength": None}, "received no strength for mode='add'; allowed is none for 'ablate' only"),
         ({"layers": 3}, r"received layers \[3\]; allowed are different ones of 0 to 2"),
         ({"layers": []}, r"received layers \[\]; allowed"),
         ({"layers": [1, 1]}, r"received layers \[1, 1\]; allowed"),

@@ -87,8 +87,64 @@ def test_a_push_along_another_emotion_is_a_control_of_its_own():
     alone = swept()
     found = verify_steering(alone, judgement_of(alone, steered=0.5, random=0.0), thresholds=RULE)
     assert "another emotion" not in str(found)
-    with pytest.raises(ValueError, match="'other' where the sweep had"):
+    with pytest.raises(ValueError, match=r"received control='other'; allowed are \['random'\], which this sweep had"):
         found.difference(control="other")
+
+
+def beside(dose, kind, *, emotion=None, log_ratio=0.0, kl=1.0):
+    """Texts of one more kind, one per steered text."""
+    added = dose.table[dose.table["kind"] == "steered"].assign(kind=kind, kl=kl)
+    added["nll"] = added["nll"] + log_ratio
+    if emotion is not None:
+        added["emotion"] = emotion
+    return replace(dose, table=pd.concat([dose.table, added], ignore_index=True))
+
+
+def test_shares_of_sound_texts_and_kl_of_every_kind_stand_beside_the_counts(tmp_path):
+    """Random directions that break every text are no fair comparison, and the result says so."""
+    dose = swept()
+    random = dose.table["kind"] == "random"
+    dose.table.loc[random, "nll"] += 3.0
+    dose.table.loc[random, "kl"] = 4.0
+    dose = beside(dose, "other_emotion", kl=0.5)
+    found = verify_steering(dose, judgement_of(dose, steered=0.5, random=0.0), thresholds=RULE)
+    row = found.to_frame().query("criterion == 'rises' and pull == 'all'").iloc[0]
+    assert (row["sound"], row["sound_random"], row["sound_other"]) == (1.0, 0.0, 1.0)
+    assert (row["kl_random"], row["kl_other"]) == pytest.approx((4.0, 0.5))
+    assert math.isnan(row["sound_spread"])
+    assert "sound texts 1.00, random 0.00, another emotion 1.00; KL" in str(found)
+    assert "random 4.00, another emotion 0.50 nats per token" in str(found)
+    assert len(str(found).splitlines()) <= 5
+    # A table that was saved before these were kept has none of them.
+    earlier = replace(
+        found, table=found.table.drop(columns=[c for c in found.table if str(c).startswith(("kl", "sound_"))])
+    )
+    assert "sound texts 1.00\n" in str(earlier)
+    assert float(earlier.difference().estimate) == float(found.difference().estimate)
+
+
+def test_random_directions_in_the_emotions_spread_stand_in_the_place_of_isotropic_ones_or_beside_them():
+    dose = beside(swept(), "random_in_spread", emotion="")
+    judgement = judgement_of(dose, steered=0.5, random=-0.5)
+    values = judgement.probabilities.clone()
+    values[np.flatnonzero(dose.table["kind"] == "random_in_spread")] = 0.9
+    judgement = replace(judgement, probabilities=values)
+    both = verify_steering(dose, judgement, thresholds=RULE)
+    assert both.controls == ("random", "spread")
+    assert float(both.difference().estimate) == 1.0
+    assert float(both.difference(control="spread").estimate) == 0.0
+    assert "random in the emotions' spread 1.00, difference +0.00" in str(both)
+    kept = (dose.table["kind"] != "random").to_numpy()
+    alone = replace(dose, table=dose.table[kept].reset_index(drop=True))
+    of_these = replace(
+        judgement,
+        probabilities=judgement.probabilities[np.flatnonzero(kept)],
+        top=tuple(t for t, k in zip(judgement.top, kept, strict=True) if k),
+    )
+    found = verify_steering(alone, of_these, thresholds=RULE)
+    assert (found.controls, found.n_random) == (("spread",), 1)
+    assert float(found.difference().estimate) == 0.0
+    assert found.successes() == (N_PROMPTS, N_PROMPTS)
 
 
 def test_a_push_that_raises_everything_is_no_success():
