@@ -113,6 +113,22 @@ def test_a_constant_added_to_all_logits_changes_no_probability_and_passes():
     assert outcomes(model)[PARITY] == "passed"
 
 
+def test_a_word_that_hardly_occurs_does_not_decide_and_one_that_does_occur_does():
+    model = load()
+    reference = model_info(model).reference_logits[CHECK_TEXTS[1]]
+    reference[3, 7] -= 40.0  # its probability is nearly 0 now,
+    model_info(model).reference_logits[CHECK_TEXTS[1]] = reference
+    expected = reference.log_softmax(-1)[3]
+    n = expected.shape[-1]
+    assert expected[7].exp() < 1e-15
+    # so that what is left is how much its share raised all others: -log(1 - 1/n), about 1/n in a random model
+    found = next(c for c in check_model(model).checks if c.name == PARITY)
+    shift = float(found.measured.split("difference of log-probabilities ")[1].split()[0])
+    assert shift == pytest.approx(1 / n, rel=0.5)
+    reference[3, 8] += 2.0
+    require_only(model, PARITY)
+
+
 def test_logits_that_are_not_numbers_do_not_pass_for_equal():
     model = load()
     model_info(model).reference_logits[CHECK_TEXTS[0]][3, 7] = float("nan")
