@@ -47,14 +47,15 @@ check: .venv/installed-dev
 test-legacy: .venv-legacy/installed
 	HF_HUB_OFFLINE=1 .venv-legacy/bin/python -m pytest -c tests/legacy/pytest.ini --rootdir . tests/legacy
 
-# Also draws figures/. Static images need a Chromium: `apt-get install chromium`, or set BROWSER_PATH. LENS_AFFECT_DATA: see analyses/02. 05_*.py read what analyses/tune_arms.py has published into analyses/results.
+# Also draws figures/. Static images need a Chromium: `apt-get install chromium`, or set BROWSER_PATH. LENS_AFFECT_DATA: see analyses/02. 05_*.py read what analyses/tune_arms.py has published into analyses/results; 05_modules.py reads its runs, weights included, and is left as it is where there are none.
 notebooks: .venv/installed-figures
 	cd analyses && PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 ../$(BIN)/jupytext --to notebook --execute 01_layer_sweep.py
 	cd analyses && PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 ../$(BIN)/jupytext --to notebook --execute 02_shape_and_methods.py
 	cd analyses && PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 ../$(BIN)/jupytext --to notebook --execute 03_gate.py
 	cd analyses && PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 ../$(BIN)/jupytext --to notebook --execute 04_foreign_tokens.py
 	cd analyses && PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 ../$(BIN)/jupytext --to notebook --execute 04_steering.py
-	cd analyses && PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 ../$(BIN)/jupytext --to notebook --execute 05_modules.py
+	if [ -d runs/tuning ]; then cd analyses && PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 ../$(BIN)/jupytext --to notebook --execute 05_modules.py; fi
+	cd analyses && PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 ../$(BIN)/jupytext --to notebook --execute 05_damage.py
 	cd analyses && PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 ../$(BIN)/jupytext --to notebook --execute 05_rank_one.py
 	cd analyses && PYTHONWARNINGS=ignore HF_HUB_OFFLINE=1 ../$(BIN)/jupytext --to notebook --execute 05_writing.py
 

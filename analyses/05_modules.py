@@ -16,7 +16,7 @@
 # arXiv:2601.15906 tunes gate_proj alone and reports 96.6 % of the score of the fully tuned model with 24.5 % of its parameters. Three things decide
 # what such a number means: what the untuned model scores (a percentage of a score is high for an arm that learned nothing where the base is good),
 # what `up` and `down` reach, which cost exactly as much, and what attention reaches with as many weights. Here SmolLM2-135M-Instruct learns the 27
-# emotions of GoEmotions through LoRA. The runs are made by `tune_arms.py` (hours); this page reads what it has published into `results`.
+# emotions of GoEmotions through LoRA. The runs are made by `tune_arms.py` (hours); this page reads what is finished.
 
 # %%
 import logging
@@ -32,7 +32,7 @@ import lens_affect as la
 logging.getLogger("lens_affect").addHandler(logging.StreamHandler(sys.stdout))
 QUICK = bool(os.environ.get("LENS_AFFECT_QUICK"))
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
-FIGURES, RUNS = HERE.parent / "figures", Path(os.environ.get("LENS_AFFECT_RUNS", HERE / "results")) / "tuning"
+FIGURES, RUNS = HERE.parent / "figures", Path(os.environ.get("LENS_AFFECT_RUNS", HERE.parent / "runs")) / "tuning"
 MODULES = ("gate", "up", "down", "attention")
 pio.renderers.default = "json" if QUICK else "svg"
 finished = la.load_runs(RUNS)
@@ -108,17 +108,6 @@ for rank in (4, 1):
         save(la.plot_retention(pair), f"module_retention_rank{rank}", *pair.values()).show()
 
 # %% [markdown]
-# Does an arm need the larger rank? The share of the gain that each arm keeps at either rank.
-
-# %%
-by_rank = pd.concat({name: table.to_frame().set_index("arm") for name, table in tables.items()}, names=["comparison"])
-by_rank = by_rank.reset_index()
-by_rank[["comparison", "rank"]] = by_rank["comparison"].str.extract(r"(.*), rank (\d+)")
-by_rank.pivot(
-    index=["comparison", "arm"], columns="rank", values=["retention", "retention_low", "retention_high"]
-).round(3)
-
-# %% [markdown]
 # An untuned model prefers a few labels whatever the comment says. Against the same model with these preferences taken out (batch calibration, from
 # the unlabelled comments) the share of the gain is a stricter one.
 
@@ -168,7 +157,7 @@ for rank in (4, 1):
         save(
             la.plot_learning(curves),
             f"module_learning_rank{rank}",
-            la.LearningCurves(curves, next(iter(runs.values()))[0].provenance),
+            *[t for n, t in tables.items() if n == f"equal rank, rank {rank}"],
         ).show()
 
 # %% [markdown]
@@ -198,7 +187,7 @@ pd.DataFrame(rows).T.round(3)
 
 # %%
 for task, title in (("goemotions_shuffled", "shuffled labels"), ("topics", "topics")):
-    runs = together({m: f"{task}-{m}-rank4" for m in (*MODULES, "all")})
+    runs = together({m: f"{task}-{m}-rank4" for m in ("gate", "up", "attention", "all")})
     if "gate" in runs:
         control = la.compare_arms(runs, reference="all")
         print(f"{title}: untuned {control.base:.3f}, n = {control.n_examples}")
@@ -264,24 +253,21 @@ if study:
 study.landing.by_module().round(3) if study else None
 
 # %%
-there = (RUNS / "delta" / "goemotions" / "manifest.json").is_file()
-delta = la.ModuleDelta.load(RUNS / "delta" / "goemotions") if there else None
-if delta:
+whole, topics = runs_of("goemotions-all-rank4"), runs_of("topics-all-rank4")
+if whole and topics and not QUICK:
+    delta = la.compare_modules("smollm2-135m-instruct", whole[0], control=topics[0])
     print(delta)
     save(la.plot_delta(delta, measure="concentration"), "module_delta", delta).show()
     print(delta.by_module().round(4).to_string(index=False), end="\n\n")
-
-# %% [markdown]
-# Do two fine-tunes change a module alike? Cosine of the changes, and of their strongest directions the smallest principal angle in degrees and the
-# overlap (mean squared cosine of the angles; `chance` is that of random subspaces). The fine-tune above against the same one from another seed, on
-# topics and on shuffled labels.
-
-# %%
-for name in ("another_seed", "topics", "shuffled_labels"):
-    if (RUNS / "delta" / name / "manifest.json").is_file():
-        alike = la.DeltaAgreement.load(RUNS / "delta" / name)
-        print(f"{name.replace('_', ' ')}\n{alike}")
-        print(alike.by_module().round(4).to_string(index=False), end="\n\n")
+    others = {
+        "another seed": whole[1:2],
+        "topics": topics[:1],
+        "shuffled labels": runs_of("goemotions_shuffled-all-rank4")[:1],
+    }
+    for name, other in others.items():  # do two fine-tunes change a module alike?
+        for run in other:
+            alike = delta.compare(la.compare_modules("smollm2-135m-instruct", run, spectrum=False))
+            print(f"against {name}\n{alike}", end="\n\n")
 
 # %% [markdown]
 # ## What single modules of the tuned model are worth
@@ -302,23 +288,19 @@ if study:
 
 # %%
 if study:
-    for part in (study.control_transfer, study.control_revert, study.control_equal_damage):
+    for part in (study.control_transfer, study.control_revert):
         print(part or "not finished", end="\n\n")
 
 # %% [markdown]
-# Noise in thirds of the blocks and in all of them, in each place as much as raises the loss on neutral text by 0.3 nats: what affect loses minus what
-# telling topics apart loses (and beside it sums and differences), in standard deviations over examples of the tuned model's scores. The controls have
-# less to lose, so a value above 0 says little; the differences between the gate and the others say more.
+# Noise in thirds of the blocks, at the scales at which all blocks together damage language alike: what affect loses minus what language loses, both in
+# standard deviations over examples of the tuned model's scores.
 
 # %%
 bands = study.bands if study else None
 if bands:
     print(bands)
-    for other in [arm for arm in ("up", "down", "attention") if arm in bands.arms]:
-        print(f"gate minus {other}\n{bands.compare('gate', other).round(3).to_string(index=False)}")
     if bands.to_frame()["selectivity"].notna().any():
         save(la.plot_selectivity(bands), "module_selectivity", bands).show()
-bands.to_frame().round(3) if bands else None
 
 # %% [markdown]
 # ## The claims by their rules

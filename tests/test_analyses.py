@@ -199,14 +199,6 @@ def test_modules_reads_finished_runs_and_says_when_the_gate_is_special(monkeypat
     assert list(names["tables"]) == ["equal rank, rank 4", "equal size, rank 4"]
 
 
-def test_modules_reads_the_committed_results_by_default(monkeypatch, capsys):
-    monkeypatch.setenv("LENS_AFFECT_QUICK", "1")
-    monkeypatch.delenv("LENS_AFFECT_RUNS", raising=False)
-    names = runpy.run_path(str(ROOT / "analyses" / "05_modules.py"))
-    assert names["RUNS"] == ROOT / "analyses" / "results" / "tuning"
-    assert "equal size, rank 1: the gate is " in capsys.readouterr().out
-
-
 def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(
     few_neutral_texts, monkeypatch, capsys, tmp_path
 ):
@@ -263,12 +255,14 @@ def test_the_arms_are_tuned_one_after_the_other_and_read_by_the_analysis(
         made = {path.name for path in (tmp_path / "tuning" / kept).iterdir() if path.suffix != ".lock"}
         assert made
         assert {path.name for path in (published / kept).iterdir()} == made
-    monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path / "results"))
     runpy.run_path(str(ROOT / "analyses" / "05_modules.py"))
     printed = capsys.readouterr().out
     assert "35 finished runs" in printed
     assert "G4, reverted, " in printed
     assert "next-token loss on texts without emotion" in printed
+    monkeypatch.setenv("LENS_AFFECT_RUNS", str(tmp_path / "results"))
+    runpy.run_path(str(ROOT / "analyses" / "05_damage.py"))
+    printed = capsys.readouterr().out
     assert "against the control all tuned on topics, seed 0" in printed
     assert "shuffled labels\n" in printed
     assert "output_angle" in printed
