@@ -14,27 +14,34 @@ import itertools
 import json
 import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from statsmodels.stats.proportion import proportion_confint
 
 import lens_affect as la
 from lens_affect.adapter import encode_prompt, token_ids
-from lens_affect.labelled_texts import load_labelled_texts
-from lens_affect.regimes import Thresholds
-from lens_affect.repetition import repetition_limits, repetition_share
+from lens_affect.labelled_texts import LabelledTexts, load_labelled_texts
+from lens_affect.regimes import R_OK, Thresholds
+from lens_affect.repetition import compression_ratio, longest_loop, repetition_limits, repetition_share
 from lens_affect.scoring import score_texts
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "lens_affect" / "data" / "regime_texts.jsonl"
 RUNS = Path(os.environ.get("LENS_AFFECT_RUNS", HERE.parent / "runs"))
-MEASURED = ("log_ratio", "repetition", "n_tokens", "limit", "r_ok")
-"""What the rule needs of a text."""
+MEASURED = ("log_ratio", "repetition", "n_tokens", "limit", "r_ok", "nll")
+"""What the rule needs of a text, and its mean negative log-likelihood per token."""
 SCORER = "gemma-3-270m"
 """Scorer of written texts: its vocabulary covers their languages."""
 
@@ -91,11 +98,18 @@ def measure_outputs(
                 raise ValueError(
                     f"received {row['text'][:60]!r}, which neither a sweep of {row['origin']} nor {DATA.name} holds; remove it"
                 )
-            row |= {name: before[name] for name in MEASURED}
+            row |= {name: before.get(name) for name in MEASURED}
             gone += 1
             continue
         n = int(dose.column("n_tokens")[i])
-        values = (dose.log_ratio[i], dose.column("repetition")[i], n, dose.limits[n], limits[row["origin"]])
+        values = (
+            dose.log_ratio[i],
+            dose.column("repetition")[i],
+            n,
+            dose.limits[n],
+            limits[row["origin"]],
+            dose.column("nll")[i],
+        )
         row |= dict(zip(MEASURED, (float(v) if k != 2 else n for k, v in enumerate(values)), strict=True))
     print(f"{gone} texts are in no sweep any more and keep what was stored of them")
 
@@ -118,7 +132,7 @@ def measure_written(rows: list[dict[str, Any]]) -> None:
     for row, tokens, nll in zip(rows, ids, scores.nll.tolist(), strict=True):
         base = usual.get(row["language"], usual["en"]).mean()
         row |= {"log_ratio": nll - float(base), "repetition": repetition_share(tokens), "n_tokens": len(tokens)}
-        row |= {"limit": float(limits[len(tokens)]), "r_ok": r_ok}
+        row |= {"limit": float(limits[len(tokens)]), "r_ok": r_ok, "nll": nll}
 
 
 def tune() -> None:
@@ -148,8 +162,69 @@ def tune() -> None:
                 low, high = proportion_confint(right, n, method="wilson")
                 shares.append(f"{label + ' or not' if label else 'label'} {right / n:.2f} [{low:.2f}, {high:.2f}]")
             print(f"{name}, {part} (n = {n}): {'; '.join(shares)}")
+    other_ways(texts, half)
     own = [(a, b) for a, b, m in zip(texts.labels, texts.predict(best), ~half, strict=True) if m and a and a != b]
     print("errors on the other half:", ", ".join(f"{a} as {b} {n}" for (a, b), n in Counter(own).most_common()))
+
+
+def other_ways(texts: LabelledTexts, half: np.ndarray) -> None:
+    """What rules of another kind reach: whether the aim is missed for want of thresholds, or of measures.
+
+    First, bits per byte, which need no unsteered text beside them: a text above a limit is noise even if it repeats itself, and a low perplexity is no
+    damage. Then classifiers on all measures at once: inside the tuning half by cross-validation, and trained there for the other half.
+    """
+    table, labels = texts.table, np.array(texts.labels)
+    text = table["text"].tolist()
+    size = np.array([max(1, len(t.encode())) for t in text])
+    bits = table["nll"].to_numpy(float) * table["n_tokens"].to_numpy(float) / size / math.log(2)
+    rule = np.array(texts.predict())
+    ratio, limit = table["log_ratio"].to_numpy(float), np.maximum(table["r_ok"].to_numpy(float), R_OK)
+
+    def unreadable(most: float) -> np.ndarray:
+        found = np.where((rule == "degraded") & (ratio < 0), "clean", rule)
+        found = np.where((found == "noise") & (ratio <= 2 * np.log(limit)), "degraded", found)
+        return np.where((bits > most) & (rule != "empty"), "noise", found)
+
+    def reached(found: np.ndarray, members: np.ndarray) -> str:
+        known = members & (labels != "")
+        right = int((found == labels)[known].sum())
+        low, high = proportion_confint(right, known.sum(), method="wilson")
+        return f"{right / known.sum():.2f} [{low:.2f}, {high:.2f}]"
+
+    most = max(np.arange(1.6, 3.6, 0.1), key=lambda x: (unreadable(x) == labels)[half & (labels != "")].mean())
+    found = unreadable(most)
+    print(
+        f"noise above {most:.1f} bits per byte, before repetition: tuning half {reached(found, half)}, other half {reached(found, ~half)}"
+    )
+    measures = pd.DataFrame(
+        {
+            "log_ratio": ratio,
+            "nll": table["nll"].to_numpy(float),
+            "bits": bits,
+            "repetition": table["repetition"].to_numpy(float),
+            "of_words": [repetition_share(t) for t in text],
+            "of_pairs": [repetition_share(t, n=2) for t in text],
+            "loop": [longest_loop(t) for t in text],
+            "compression": [compression_ratio(t) for t in text],
+            "letters": [sum(c.isalpha() or c == " " for c in t) / max(1, len(t)) for t in text],
+            "n_tokens": table["n_tokens"].to_numpy(float),
+        }
+    ).fillna(0.0)
+    train, test = half & (labels != ""), ~half & (labels != "")
+    for name, model in (
+        ("logistic regression", make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))),
+        ("random forest", RandomForestClassifier(500, min_samples_leaf=2, random_state=0)),
+    ):
+        inside = np.full(len(labels), "", dtype=object)
+        folds = StratifiedKFold(5, shuffle=True, random_state=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the fewest labels are in fewer texts than there are folds
+            inside[train] = cross_val_predict(model, measures[train], labels[train], cv=folds)
+        outside = np.full(len(labels), "", dtype=object)
+        outside[test] = model.fit(measures[train], labels[train]).predict(measures[test])
+        print(
+            f"{name} on {measures.shape[1]} measures: tuning half, cross-validated, {reached(inside, train)}, other half {reached(outside, test)}"
+        )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class LabelledTexts:
 
     table: pd.DataFrame
     """One row per text: text, language, origin (`written`, or the model), what (kind of case, or kind and strength), first, second (labels), log_ratio
-    (log of perplexity over that of ordinary text), repetition, n_tokens, limit (repetition that 99 % of ordinary prose of that length stays below), r_ok."""
+    (log of perplexity over that of ordinary text), repetition, n_tokens, limit (repetition that 99 % of ordinary prose of that length stays below), r_ok, nll."""
 
     @property
     def labels(self) -> tuple[str, ...]:
