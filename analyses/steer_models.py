@@ -1,11 +1,11 @@
 """Make the sweeps of "what happens when you push?" one after the other; can be killed at any time and started again.
 
-    python analyses/steer_models.py [neutral scenarios inside languages paper boundaries] [--extra file.gguf:layer] [--publish analyses/results]
+    python analyses/steer_models.py [neutral scenarios spread inside languages paper boundaries] [--extra file.gguf:layer] [--publish analyses/results]
 
 LENS_AFFECT_RUNS/steering/<model> is a folder that SteeringStudy.load reads. Beside each result stands what was asked for; a result that was asked
 for otherwise is made anew, one that is there is kept. Every control is written until its texts change the residual stream as much as the steered
 texts beside it (sweep_strengths). Blocks: `neutral`, dose and response on matter-of-fact openings; `scenarios`, each steered to its own target,
-beside random directions and another emotion; `inside`, steered by vectors from one half of the topics and read by those from the other;
+beside random directions and another emotion, `spread`, beside random directions within the emotions' spread; `inside`, steered by vectors from one half of the topics and read by those from the other;
 `languages`, what vectors bring up and whether they hold in other languages; `paper`, the regime rule of arXiv:2604.04064; `boundaries`, where the
 labels of an emotion change. --publish copies what there is, without vectors, to where the analyses read it.
 """
@@ -140,6 +140,17 @@ def scenarios(subject: Subject) -> None:
     subject.kept("verification", {"strength": DECLARED}, found)
 
 
+def spread(subject: Subject) -> None:
+    """The scenarios at the declared strength beside random directions within the spread of the emotions' vectors, which break texts less than isotropic ones."""
+    asked = {"strengths": [DECLARED], "n_random": 5, "controls": ["random_in_spread"]}
+    prompts = la.load_scenarios()
+    dose, read, new = subject.sweep(prompts, "spread_", **asked)
+    if new:
+        subject.forget("spread_verification")
+    found = lambda: la.verify_steering(dose, read, strength=DECLARED, scenarios=prompts)  # noqa: E731
+    subject.kept("spread_verification", {"strength": DECLARED}, found)
+
+
 def inside(subject: Subject) -> None:
     """All openings at the declared strength by vectors of one half of the topics, read by vectors of the other half."""
     asked = {"emotions": list(EMOTIONS), "strengths": [DECLARED]}
@@ -186,7 +197,7 @@ def boundaries(subject: Subject) -> None:
         subject.kept(f"boundaries/{emotion}", asked | {"prompts": len(some)}, find)
 
 
-BLOCKS = {block.__name__: block for block in (neutral, scenarios, inside, languages, paper, boundaries)}
+BLOCKS = {block.__name__: block for block in (neutral, scenarios, spread, inside, languages, paper, boundaries)}
 EXTRA = ("neutral", "languages", "paper")
 """Of a model that is given by its file."""
 
