@@ -119,6 +119,19 @@ for name, found in verified.items():
 pd.concat({name: found.to_frame() for name, found in verified.items()}, names=["model"]).round(2)
 
 # %% [markdown]
+# Isotropic random directions may break a text that an emotion's direction of the same length leaves whole (the shares of sound texts above). The
+# fairer null: random directions within the spread of the emotions' own vectors, five per scenario, the steered texts written again beside them.
+
+# %%
+fairer = {
+    name: la.Verification.load(RUNS / name / "spread_verification")
+    for name in studies
+    if (RUNS / name / "spread_verification" / "manifest.json").is_file()
+}
+for found in fairer.values():
+    print(found, end="\n\n")
+
+# %% [markdown]
 # ## Behaviour and inside together
 #
 # Vectors from one half of the topics steer, vectors from the other half read; the correlation with the judge is taken within each dose.

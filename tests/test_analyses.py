@@ -145,13 +145,16 @@ def test_sweeps_are_made_once_and_again_where_they_were_asked_for_otherwise(mode
     names = runpy.run_path(str(ROOT / "analyses" / "steer_models.py"))
     subject = names["Subject"]("model", model_folder, 1)
     names["neutral"].__globals__.update(TOKENS=6, EMOTIONS=("happy",))
-    for block in ("neutral", "scenarios", "inside"):
+    for block in ("neutral", "scenarios", "spread", "inside"):
         names[block](subject)
     folder = tmp_path / "steering" / "model"
-    doses = {name: lens_affect.DoseResponse.load(folder / name) for name in ("dose", "scenario_dose", "halves-dose")}
+    asked = ("dose", "scenario_dose", "spread_dose", "halves-dose")
+    doses = {name: lens_affect.DoseResponse.load(folder / name) for name in asked}
     kinds = {name: set(dose.table["kind"]) for name, dose in doses.items()}
     assert {"steered", "random"} <= kinds["dose"] == kinds["halves-dose"]
     assert {"steered", "random", "other_emotion"} <= kinds["scenario_dose"]
+    assert kinds["spread_dose"] - kinds["dose"] == {"random_in_spread"}
+    assert lens_affect.Verification.load(folder / "spread_verification").n_random == 5
     for name, dose in doses.items():
         assert len(lens_affect.Judgement.load(folder / name.replace("dose", "judgement")).top) == len(dose.texts)
     topics = [set(json.loads((folder / f"vectors-{half}.json").read_text())["topics"]) for half in (0, 1)]
