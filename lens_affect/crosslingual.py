@@ -158,7 +158,7 @@ class ScriptTable:
             for e, p in zip(self.emotions, self.p_emotion[:, self._foreign].tolist(), strict=True)
             if min(p, default=1.0) <= 0.05
         ]
-        return f"\nemotions with more of some foreign script than random directions, after correction over emotions: {', '.join(found) or 'none'}"
+        return f"\nemotions with more of some foreign script than random directions, after correction over emotions, not over scripts: {', '.join(found) or 'none'}"
 
     def _repr_html_(self) -> str:
         import html

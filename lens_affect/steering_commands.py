@@ -99,7 +99,10 @@ def regimes(
     vectors: Annotated[str, typer.Option(help=VECTORS_HELP)] = "",
     judge: Annotated[str, typer.Option(help="embedded, lexicon, or a classifier's hub id or folder.")] = "embedded",
     verify: Annotated[
-        bool, typer.Option("--verify", help="Also steer 40 scenarios, with five random directions each.")
+        bool,
+        typer.Option(
+            "--verify", help="Also steer 40 scenarios, with five random directions and another emotion's each."
+        ),
     ] = False,
     languages: Annotated[
         bool,
@@ -142,14 +145,14 @@ def regimes(
         from lens_affect.steering_study import SteeringStudy, study_steering
         from lens_affect.stimuli import load_stimuli
         from lens_affect.style import save_figure
-        from lens_affect.sweeps import STEERING, load_sweep
+        from lens_affect.sweeps import load_sweep
 
-        folder = Path(run) / STEERING / "neutral" if run else Path(out or f"runs/regimes-{slug(model)}")
+        folder = _folder_of(model, run, out)
         said = {"model": model, "emotions": emotions, "prompts": prompts, "strengths": strengths, "layers": layers}
-        said |= {"vectors": vectors, "judge": judge, "verify": verify, "languages": languages, "reading": reading}
-        said |= {"bisect": bisect, "tokens": tokens, "run": run, "seed": seed}
-        if _is_finished(folder, said, resume):
-            print(SteeringStudy.load(folder))
+        said |= {"vectors": _place(vectors), "judge": judge, "verify": verify, "languages": languages}
+        said |= {"reading": _place(reading), "bisect": bisect, "tokens": tokens, "run": _place(run), "seed": seed}
+        if _is_finished(folder, said, resume, own=not run):
+            _show(SteeringStudy.load(folder), json)
             return
         if reading == "halves" and (vectors or run):
             raise ValueError(
@@ -202,16 +205,33 @@ def regimes(
         if run:
             page = write_report(load_sweep(run))
         _note(folder, said, finished=True)
-        if json:
-            print(study.regimes.to_frame().to_json(orient="records", indent=1))
-            return
-        print(study)
-        print(f"{'Report' if run else 'Figure'}: {page.absolute()}")
+        _show(study, json)
+        if not json:
+            print(f"{'Report' if run else 'Figure'}: {page.absolute()}")
 
 
 def slug(model: str) -> str:
     """A folder's name for a model: its whole name, so that Llama-3.2-3B and Llama-3.1-8B have folders of their own."""
     return re.sub(r"[^\w.+-]+", "-", model).strip("-.") or "model"
+
+
+def _folder_of(model: str, run: str, out: str) -> Path:
+    """Where the study lies."""
+    from lens_affect.sweeps import STEERING
+
+    if run and out:
+        raise ValueError("received --run and --out; allowed is one of them: a study of a run lies in the run's folder")
+    return Path(run) / STEERING / "neutral" if run else Path(out or f"runs/regimes-{slug(model)}")
+
+
+def _show(study: Any, json: bool) -> None:
+    """A study in words, or its cells as JSON."""
+    print(study.regimes.to_frame().to_json(orient="records", indent=1) if json else study)
+
+
+def _place(path: str) -> str:
+    """A path without what makes no difference, such as a / at its end."""
+    return str(Path(path)) if path else ""
 
 
 def _layers(asked: str, best: int | None) -> list[int] | None:
@@ -226,7 +246,7 @@ def _note(folder: Path, said: dict[str, Any], *, finished: bool) -> None:
     write_text_atomically(folder / COMMAND, dumps({"asked": said, "finished": finished}, indent=1))
 
 
-def _is_finished(folder: Path, said: dict[str, Any], resume: bool) -> bool:
+def _is_finished(folder: Path, said: dict[str, Any], resume: bool, *, own: bool) -> bool:
     """Whether the folder holds the study that is asked for, from beginning to end.
 
     Raises:
@@ -234,17 +254,18 @@ def _is_finished(folder: Path, said: dict[str, Any], resume: bool) -> bool:
     """
     from lens_affect.steering_study import different, saved_parts
 
+    elsewhere = "choose another folder with --out, " if own else ""
     note = folder / COMMAND
     before = loads(note.read_text(encoding="utf-8")) if note.is_file() else None
     if saved_parts(folder):
         if not resume:
             raise FileExistsError(
-                f"received {folder}, which holds a study; choose another folder with --out, remove it, or print or finish it with --resume"
+                f"received {folder}, which holds a study; {elsewhere}remove it, or print or finish it with --resume"
             )
         if before is None or before["asked"] != said:
             raise FileExistsError(
-                f"received --resume for {folder}, which holds a study {different(before and before['asked'], said)}; give the same command, choose another "
-                "folder with --out, or remove it"
+                f"received --resume for {folder}, which holds a study {different(before and before['asked'], said)}; give the same command, {elsewhere}"
+                "or remove it"
             )
         return bool(before["finished"])
     return False

@@ -159,6 +159,7 @@ class SteeringStudy:
             )
         parts = {name: getattr(self, name) for name in PARTS} | {_boundary(b.emotion): b for b in self.boundaries}
         kept = {name: part for name, part in parts.items() if part is not None}
+        (Path(folder) / ASKED).unlink(missing_ok=True)  # of the study that was there
         for name, part in kept.items():
             part.save(Path(folder) / name, overwrite=overwrite)
         for name in there:

@@ -73,7 +73,7 @@ def test_one_emotion_that_brings_up_a_script_is_found_among_others_that_do_not(m
     assert tests.loc[(SIX[2], "Devanagari"), "share"] == found.per_emotion().loc[SIX[2], "Devanagari"]
     others = tests.drop(index=SIX[2], level="emotion").xs("Devanagari", level="script")
     assert (others["p_family"] > 0.05).all()
-    assert f"after correction over emotions: {SIX[2]}" in str(found)
+    assert f"after correction over emotions, not over scripts: {SIX[2]}" in str(found)
     with pytest.raises(ValueError, match="saved without tests of single emotions"):
         replace(found, p_emotion=None).emotion_tests()
 

@@ -58,13 +58,13 @@ def test_a_command_that_was_stopped_goes_on_and_a_finished_one_is_printed(tmp_pa
     said = {"model": "x", "seed": 0}
     for finished in (False, True):
         _note(tmp_path, said, finished=finished)
-        assert _is_finished(tmp_path, said, resume=True) == finished
+        assert _is_finished(tmp_path, said, resume=True, own=True) == finished
         with pytest.raises(FileExistsError, match="print or finish it with --resume"):
-            _is_finished(tmp_path, said, resume=False)
+            _is_finished(tmp_path, said, resume=False, own=True)
         with pytest.raises(
             FileExistsError, match="that was asked for with model 'x' and not 'y'; give the same command"
         ):
-            _is_finished(tmp_path, said | {"model": "y"}, resume=True)
+            _is_finished(tmp_path, said | {"model": "y"}, resume=True, own=True)
 
 
 def test_models_with_a_point_in_their_names_have_folders_of_their_own():
@@ -163,6 +163,13 @@ def test_regimes_prints_the_study_and_saves_its_parts(model_folder, finished, tm
     assert "which holds a study" in again.stderr
     printed = runner.invoke(app, [*command, "--out", str(tmp_path / "study"), "--resume"])
     assert printed.stdout.splitlines()[0] == done.stdout.splitlines()[0]
+    slash = command.index(finished)  # a / at the end makes no other command
+    as_json = [*command[:slash], f"{finished}/", *command[slash + 1 :], "--out", str(tmp_path / "study")]
+    told = runner.invoke(app, [*as_json, "--resume", "--json"])
+    assert {row["strength"] for row in json.loads(told.stdout)} == {0.2, 0.8}
+    both = runner.invoke(app, [*command, "--run", finished, "--out", str(tmp_path / "study")])
+    assert both.exit_code == 2
+    assert "received --run and --out" in both.stderr
     other = runner.invoke(app, [*command, "--out", str(tmp_path / "study"), "--resume", "--seed", "3"])
     assert other.exit_code == 2
     assert "that was asked for with seed 0 and not 3; give the same command" in other.stderr
@@ -174,6 +181,9 @@ def test_regimes_prints_the_study_and_saves_its_parts(model_folder, finished, tm
     assert kept.exit_code == 0, kept.output
     assert {row["strength"] for row in json.loads(kept.stdout)} == {0.2, 0.8}
     assert list(load_sweep(finished).steering) == ["neutral"]
+    twice = runner.invoke(app, [*command, "--run", finished, "--bisect", "happy"])
+    assert twice.exit_code == 2
+    assert "holds a study; remove it, or print" in twice.stderr.replace("\n", " ")
     page = (Path(finished) / "report.html").read_text()
     assert "What happens when you push" in page
     assert "Strengths tried on the way to the boundaries of happy" in page

@@ -191,7 +191,9 @@ def test_overwriting_a_study_removes_the_parts_that_the_new_one_has_not(study, t
     study.save(tmp_path / "study")
     with pytest.raises(FileExistsError, match="which holds dose, judgement, .* of a study"):
         small.save(tmp_path / "study")
+    (tmp_path / "study" / ASKED).write_text("{}")
     small.save(tmp_path / "study", overwrite=True)
+    assert not (tmp_path / "study" / ASKED).exists()  # it was about the study that was there
     assert saved_parts(tmp_path / "study") == ("dose", "judgement", "regimes")
     same = SteeringStudy.load(tmp_path / "study")
     assert same.verification is None
