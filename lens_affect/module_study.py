@@ -452,6 +452,7 @@ def _scanned(
             "target": found.target,
             "examples": found.provenance.stimuli_hash,
             "control": found.control_name,
+            "base": found.provenance.weights_sha256,
         }
         asked = {
             "arms": arms,
@@ -460,6 +461,7 @@ def _scanned(
             "target": target,
             "examples": examples_hash(task, _few(task)),
             "control": control_task.name,
+            "base": model_info(model).provenance.weights_sha256,
         }
         _refuse_other(saved, there, asked)
         return found
