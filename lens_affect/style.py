@@ -102,10 +102,17 @@ def save_figure(figure: go.Figure, path: str | os.PathLike[str], *results: Any) 
     write_text_atomically(data, json.dumps(numbers, indent=1, default=str))
     figure.write_html(page, include_plotlyjs="directory")
     try:
+        _quiet_browser()
         figure.write_image(picture, scale=2)
     except Exception as error:  # kaleido raises kinds of its own; the interactive figure is there already
         _say_no_pictures("".join(str(error).strip().splitlines()[:1]))
     return page
+
+
+@functools.cache
+def _quiet_browser() -> None:
+    """What draws pictures logs a traceback, and goes on, for every line of the browser's that is no message to it, some of them after a picture is done."""
+    logging.getLogger("choreographer").setLevel(logging.CRITICAL)
 
 
 @functools.cache  # once, however many figures there are

@@ -1,6 +1,7 @@
 """Looks and saving: every emotion can be told apart; a figure comes with its numbers, with or without a browser."""
 
 import json
+import logging
 from pathlib import Path
 
 import pandas as pd
@@ -43,3 +44,16 @@ def test_without_a_browser_the_page_is_there_and_the_log_says_what_to_do(compari
     monkeypatch.setattr(go.Figure, "write_image", fail)
     assert save_figure(plot_methods(comparison), tmp_path / "methods", comparison).is_file()
     assert "install the group `figures`" in caplog.text
+
+
+def test_what_the_browser_says_that_is_no_message_is_not_logged(comparison, tmp_path, monkeypatch, caplog):
+    browser = logging.getLogger("choreographer.channels.pipe")
+
+    def draw(self, path, **k):
+        browser.error("JSONError decoding message. Ignoring")
+        Path(path).write_bytes(b"png")
+
+    monkeypatch.setattr(go.Figure, "write_image", draw)
+    save_figure(plot_methods(comparison), tmp_path / "methods", comparison)
+    browser.error("JSONError decoding message. Ignoring")  # some come when the picture is done
+    assert "JSONError" not in caplog.text
