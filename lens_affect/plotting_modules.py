@@ -83,7 +83,7 @@ def plot_selectivity(found: AblationTable, *, title: str | None = None) -> go.Fi
 
     Args:
         found: of scan_ablations.
-        title: a finding; by default the most selective arm.
+        title: a finding; by default the most selective place, and whether its interval lies above 0.
     """
     table: Any = found.to_frame()
     bands, arms = list(dict.fromkeys(found.bands)), list(dict.fromkeys(found.arms))
@@ -107,9 +107,22 @@ def plot_selectivity(found: AblationTable, *, title: str | None = None) -> go.Fi
             hovertemplate=f"{arm}: %{{y:.2f}} (affect %{{customdata[0]:.2f}}, control %{{customdata[1]:.2f}}, scale %{{customdata[2]:.3g}})<extra></extra>",
         )
     figure.add_hline(y=0, line={"color": "#666666", "width": 1})
-    set_layout(figure, title or str(found).replace("\n", "<br>"), "blocks", "affect lost - control lost (SD)")
+    set_layout(figure, title or _selectivity_finding(found), "blocks", f"affect lost - {found.control_name} lost (SD)")
     figure.update_xaxes(tickvals=list(range(len(bands))), ticktext=bands, range=[-0.5, len(bands) - 0.5])
     return figure
+
+
+def _selectivity_finding(found: AblationTable) -> str:
+    table: Any = found.to_frame()
+    name, control = found.provenance.title, found.control_name
+    if table["selectivity"].isna().all() or found.how == "zero":
+        return str(found).replace("; ", "<br>")
+    best: Any = table.loc[table["selectivity"].idxmax()]
+    most = (
+        f"{best['arm']} in blocks {best['band']}, {best['selectivity']:.2f} [{best['low']:.2f}, {best['high']:.2f}] SD"
+    )
+    n, of = int((table["low"] > 0).sum()), int(table["selectivity"].notna().sum())
+    return f"{name}: affect is lost more than {control} in {n} of {of} places<br>(interval above 0, not corrected); most: {most}"
 
 
 PART_WORDS = {

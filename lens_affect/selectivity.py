@@ -190,6 +190,8 @@ class AblationTable:
             f"[{best['low']:.2f}, {best['high']:.2f}] SD (affect {best['affect_loss']:.2f}, {self.control_name} {best['control_loss']:.2f})"
             + "".join(
                 f"; minus {name} lost {best[f'{name}_selectivity']:.2f} [{best[f'{name}_low']:.2f}, {best[f'{name}_high']:.2f}]"
+                if math.isfinite(best[f"{name}_selectivity"])
+                else f"; {name} had no spread to lose from"
                 for name in self.others_before
             )
         )

@@ -41,7 +41,10 @@ def test_selectivity_is_drawn_with_its_intervals():
     assert gate.y[0] == pytest.approx(rows["selectivity"][0])
     assert gate.y[0] + gate.error_y.array[0] == pytest.approx(rows["high"][0])
     assert gate.y[0] - gate.error_y.arrayminus[0] == pytest.approx(rows["low"][0])
-    assert "most selective: gate" in figure.layout.title.text
+    above = int((rows["low"] > 0).sum())
+    assert f"affect is lost more than control in {above} of 3 places" in figure.layout.title.text
+    assert "most: gate in blocks" in figure.layout.title.text
+    assert max(map(len, figure.layout.title.text.split("<br>"))) < 120  # fits the figure
 
 
 def test_parts_show_the_share_of_every_module_with_its_interval():
