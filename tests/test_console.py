@@ -45,7 +45,15 @@ def test_an_interrupted_run_says_how_to_go_on(capsys):
     assert "--resume" in capsys.readouterr().err
 
 
-def test_an_interrupt_that_a_library_turned_into_another_error_is_an_interrupt(capsys):
+@pytest.fixture
+def interruptible():
+    """Python's own handler of Ctrl-C, which a run in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_that_a_library_turned_into_another_error_is_an_interrupt(interruptible, capsys):
     def hit():
         try:
             signal.raise_signal(signal.SIGINT)
